@@ -1,0 +1,131 @@
+"""What the user may set: one pydantic model, one field per dial, unknown keys refused."""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+KEEP_RATIO_KEY = "spindle_keep_ratio"
+"""Per-request override, in ``vllm_xargs`` (HTTP) or ``SamplingParams.extra_args``."""
+
+
+class SpindleConfig(BaseModel):
+    """SpindleKV as asked for under ``additional_config["spindle"]``.
+
+    ``keep_ratio`` 1.0 (the default) switches everything off: the engine is stock.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    keep_ratio: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0,
+        description="share of each prompt's KV bytes kept over all layers, counted against the "
+        "model's true GQA cache, whole blocks, padding included",
+    )
+    window: Annotated[int, Field(ge=1, le=1024)] = Field(
+        32, description="last prompt tokens: their queries score the context, and they are kept"
+    )
+    score: Literal["pooled", "paper", "random"] = Field(
+        "pooled",
+        description="importance of a token: the window's attention max-pooled over neighbours, "
+        "the paper's eq. 2 literally, or random (a baseline)",
+    )
+    pool_kernel: Annotated[int, Field(ge=1, le=63)] = Field(
+        5, description="neighbours (tokens, odd) that 'pooled' takes the maximum over"
+    )
+    gqa: Literal["union", "mean", "unfold"] = Field(
+        "union",
+        description="how the query heads of a kv head choose: each for itself, stored once; by "
+        "their mean; or each for itself with a copy of its own (reference)",
+    )
+    budget: Literal["pyramid", "uniform"] = Field(
+        "pyramid", description="deeper bands keep fewer tokens, or all bands keep the same"
+    )
+    beta: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.05, description="share of the context that the deepest layer keeps under 'pyramid'"
+    )
+    num_bands: Annotated[int, Field(ge=1, le=64)] | None = Field(
+        None, description="bands of layers, one KV-cache group each; default: 2 to 8, by divisor"
+    )
+    min_prompt_len: Annotated[int, Field(ge=0)] = Field(
+        128, description="prompts shorter than this many tokens are kept whole"
+    )
+    seed: int = Field(0, description="seed of the 'random' baseline")
+
+    @field_validator("pool_kernel")
+    @classmethod
+    def _odd(cls, value: int) -> int:
+        if value % 2 == 0:
+            raise ValueError("must be odd, so that the pool is centred on its token")
+        return value
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything may be evicted at all."""
+        return self.keep_ratio < 1
+
+
+def load_config(value: Any) -> SpindleConfig:
+    """The configuration that the user's value stands for.
+
+    Args:
+        value: a dict of fields, or the path of a YAML file that holds one.
+
+    Raises:
+        ValueError: one line that names the key or field, its value, what is allowed, and for a
+            misspelt key the nearest valid one.
+    """
+    source = "spindle"
+    if isinstance(value, str | Path):
+        source = str(value)
+        value = _read_yaml(Path(value))
+    if isinstance(value, SpindleConfig):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"{source}: expected a mapping of options or the path of a YAML file, got "
+            f"{type(value).__name__} {value!r}; for example "
+            '\'{"spindle": {"keep_ratio": 0.25}}\''
+        )
+    try:
+        return SpindleConfig.model_validate(value)
+    except ValidationError as error:
+        raise ValueError("; ".join(_explain(source, e) for e in error.errors())) from None
+
+
+def parse_keep_ratio(value: Any) -> float:
+    """A per-request keep ratio.
+
+    Raises:
+        ValueError: if it is not a number in (0, 1].
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{KEEP_RATIO_KEY} must be a number in (0, 1], got {value!r}")
+    if not 0 < value <= 1:
+        raise ValueError(f"{KEEP_RATIO_KEY} must be in (0, 1], got {value}")
+    return float(value)
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"spindle: cannot read the configuration file {path} ({error.strerror}); give the "
+            "path of a YAML file, or the options themselves as a JSON object"
+        ) from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from None
+
+
+def _explain(source: str, error: Any) -> str:
+    name = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = list(SpindleConfig.model_fields)
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(known)}"
+        return f"{source}: unknown key {name!r}; {hint}"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{source}: {name}={error['input']!r}: {message}"

@@ -1,0 +1,133 @@
+"""How much of a prompt each band keeps: integer arithmetic, known before the data.
+
+The scheduler and the worker both call ``plan_prompt`` with the same arguments and so agree
+without a message between them; ratios are rounded to counts here and nowhere else. No torch.
+
+A request's row of blocks in one band, after the reduction (P prompt tokens, w window, bs block
+size, natural indexing, never shortened):
+
+    [0 .. first_block)            freed
+    [first_block .. tail_block)   the reduced region: kept context tokens
+    [tail_block .. )              the recent window and what is generated, untouched
+
+with tail_block = (P - w) // bs. The budget counts whole blocks, padding included.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+from vllm_spindle.core.bands import band_ratios, pyramid_ratios
+
+BudgetShape = Literal["pyramid", "uniform"]
+
+
+@dataclass(frozen=True, slots=True)
+class BandPlan:
+    """What one band holds of one prompt once it is reduced. Counts of blocks."""
+
+    first_block: int
+    tail_block: int
+    prompt_blocks: int
+
+    @property
+    def reduced_blocks(self) -> int:
+        """Blocks of the reduced region."""
+        return self.tail_block - self.first_block
+
+    @property
+    def held_blocks(self) -> int:
+        """Blocks that hold the prompt after the reduction."""
+        return self.prompt_blocks - self.first_block
+
+    @property
+    def is_reduced(self) -> bool:
+        """False where the band keeps the whole prompt: nothing is moved, nothing is freed."""
+        return self.first_block > 0
+
+
+def num_blocks(num_tokens: int, block_size: int) -> int:
+    """Blocks that hold ``num_tokens``, the last one perhaps in part."""
+    return -(-num_tokens // block_size)
+
+
+def share_out(quotas: Sequence[Fraction], total: int, *, floor: int, cap: int) -> list[int]:
+    """Integers that sum to ``total``, each as near to its quota as that allows.
+
+    Largest remainder, ties to the earlier (shallower) entry; every share lies in
+    ``[floor, cap]``.
+
+    Raises:
+        ValueError: if ``total`` cannot be met within the bounds.
+    """
+    if not floor * len(quotas) <= total <= cap * len(quotas):
+        raise ValueError(f"cannot share {total} among {len(quotas)} within [{floor}, {cap}]")
+    shares = [min(max(int(quota), floor), cap) for quota in quotas]
+    by_shortfall = sorted(range(len(quotas)), key=lambda i: (shares[i] - quotas[i], i))
+    step = 1 if sum(shares) < total else -1
+    order = by_shortfall if step == 1 else by_shortfall[::-1]
+    while sum(shares) != total:
+        for i in order:
+            if sum(shares) != total and floor <= shares[i] + step <= cap:
+                shares[i] += step
+    return shares
+
+
+def plan_prompt(
+    prompt_len: int,
+    *,
+    keep_ratio: Fraction,
+    window: int,
+    block_size: int,
+    bands: Sequence[range],
+    beta: Fraction,
+    shape: BudgetShape = "pyramid",
+    unit_blocks: int = 1,
+    min_prompt_len: int = 0,
+) -> tuple[BandPlan, ...]:
+    """The plan of one prompt, one entry per band.
+
+    ``keep_ratio`` of the prompt's tokens, over all bands, is rounded down to whole blocks; the
+    window's blocks come first, the rest is the reduced region, shared out along the pyramid.
+    The window is kept even where it alone exceeds the budget.
+
+    Args:
+        prompt_len: prompt tokens (P), at least 1.
+        keep_ratio: share of the prompt's KV bytes to keep over all bands, (0, 1].
+        window: last prompt tokens, always kept (l_w).
+        block_size: tokens per block.
+        bands: layers of each band, shallow to deep.
+        beta: pyramid floor (see ``pyramid_ratios``).
+        shape: ``pyramid``, or ``uniform`` for the same share in every band.
+        unit_blocks: region sizes are multiples of this (``gqa: unfold`` needs one block per
+            query head of a group).
+        min_prompt_len: shorter prompts are kept whole.
+    """
+    prompt_blocks = num_blocks(prompt_len, block_size)
+    tail_block = max(0, (prompt_len - window) // block_size)
+    tail_blocks = prompt_blocks - tail_block
+    keep_all = BandPlan(first_block=0, tail_block=tail_block, prompt_blocks=prompt_blocks)
+    if keep_ratio >= 1 or tail_block == 0 or prompt_len < min_prompt_len:
+        return (keep_all,) * len(bands)
+
+    total_blocks = int(keep_ratio * prompt_len * len(bands) / block_size)
+    cap = tail_block // unit_blocks
+    budget = max(0, total_blocks - tail_blocks * len(bands)) // unit_blocks
+    budget = min(budget, cap * len(bands))
+    context_ratio = Fraction(budget, cap * len(bands)) if cap else Fraction(0)
+    ratios = [context_ratio] * len(bands)
+    if shape == "pyramid":
+        num_layers = sum(len(band) for band in bands)
+        ratios = band_ratios(pyramid_ratios(num_layers, context_ratio, beta), bands)
+    # A band left with its window alone can no longer see the context, so each gets a unit first.
+    floor = 1 if budget >= len(bands) else 0
+    shares = share_out([r * cap for r in ratios], budget, floor=floor, cap=cap)
+    return tuple(
+        BandPlan(
+            first_block=tail_block - share * unit_blocks,
+            tail_block=tail_block,
+            prompt_blocks=prompt_blocks,
+        )
+        for share in shares
+    )

@@ -1,0 +1,83 @@
+"""Importance of each cached token, per query head, from the observation window's attention.
+
+Shapes: K kv heads, G query heads per kv head, W window queries, T cached tokens, C context
+tokens that may be evicted (C <= T), D head size. Query head ``k * G + g`` reads kv head ``k``.
+Method: SpindleKV sec. 3.2, eq. 2 (arXiv:2507.06517), literally as ``paper``; the default
+``pooled`` replaces the divisor by a max-pool over neighbours, as SnapKV (arXiv:2404.14469) pools:
+without it the later tokens of a multi-token answer, which nothing attends to yet, are lost.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ScoreName = Literal["pooled", "paper", "random"]
+
+
+def window_attention(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Attention that the window's queries pay to each token, summed over the window.
+
+    The window is the last W tokens; within it the causal mask holds.
+
+    Args:
+        queries: rotated queries of the last W tokens. [K, G, W, D].
+        keys: rotated keys of all T tokens. [K, T, D].
+        scale: softmax scale, usually D ** -0.5.
+
+    Returns:
+        Sums of W probabilities, range (0, W). [K, G, T], float32.
+    """
+    num_kv_heads, group, window, head_size = queries.shape
+    num_tokens = keys.shape[1]
+    if window > num_tokens:
+        raise ValueError(f"window of {window} queries over {num_tokens} tokens")
+    flat = (queries.float() * scale).reshape(num_kv_heads, group * window, head_size)
+    logits = torch.bmm(flat, keys.float().transpose(1, 2))
+    logits = logits.view(num_kv_heads, group, window, num_tokens)
+    future = torch.ones(window, window, dtype=torch.bool, device=keys.device).triu_(1)
+    logits[..., num_tokens - window :].masked_fill_(future, float("-inf"))
+    return torch.softmax(logits, dim=-1).sum(dim=2)
+
+
+def pooled_importance(attention: Tensor, num_context: int, *, pool_kernel: int) -> Tensor:
+    """Window attention, max-pooled over ``pool_kernel`` neighbouring context tokens.
+
+    Args:
+        attention: from ``window_attention``. [K, G, T].
+        num_context: tokens that may be evicted (C).
+        pool_kernel: odd number of neighbours, 1 for none.
+
+    Returns:
+        [K, G, C], float32.
+    """
+    if pool_kernel < 1 or pool_kernel % 2 == 0:
+        raise ValueError(f"pool_kernel must be odd and positive, got {pool_kernel}")
+    context = attention[..., :num_context]
+    return F.max_pool1d(context, pool_kernel, stride=1, padding=pool_kernel // 2)
+
+
+def paper_importance(attention: Tensor, num_context: int) -> Tensor:
+    """Eq. 2 as printed: the window's attention divided by l - a, position a of l tokens.
+
+    The divisor is not the number of summed terms (that is W), so it acts as a recency prior.
+
+    Args:
+        attention: from ``window_attention``. [K, G, T].
+        num_context: tokens that may be evicted (C).
+
+    Returns:
+        [K, G, C], float32.
+    """
+    num_tokens = attention.shape[-1]
+    age = num_tokens - torch.arange(num_context, device=attention.device, dtype=attention.dtype)
+    return attention[..., :num_context] / age
+
+
+def random_importance(
+    num_kv_heads: int, group: int, num_context: int, *, seed: int, device: torch.device | str
+) -> Tensor:
+    """Uniform scores: the baseline that any method must beat. [K, G, C], float32."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(num_kv_heads, group, num_context, generator=generator).to(device)

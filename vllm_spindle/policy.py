@@ -1,0 +1,80 @@
+"""Configuration plus model geometry: which band a layer is in, and the plan of a prompt.
+
+Hashable and picklable: the engine carries it inside each band's KV-cache spec, so that the
+scheduler and every worker compute the same plan.
+"""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+
+from vllm_spindle.config import SpindleConfig
+from vllm_spindle.core.bands import default_num_bands, split_layers
+from vllm_spindle.core.budget import BandPlan, plan_prompt
+
+
+@dataclass(frozen=True)
+class SpindlePolicy:
+    """The decisions that follow from numbers alone.
+
+    Attributes:
+        config: what the user asked for.
+        num_layers: decoder layers with a KV cache.
+        block_size: tokens per block.
+        num_queries_per_kv: query heads per kv head (G).
+    """
+
+    config: SpindleConfig
+    num_layers: int
+    block_size: int
+    num_queries_per_kv: int
+
+    def __post_init__(self) -> None:
+        num_bands = self.config.num_bands
+        if num_bands is not None and num_bands > self.num_layers:
+            raise ValueError(
+                f"spindle: num_bands={num_bands}: the model has only {self.num_layers} layers; "
+                f"leave num_bands out, or set it to at most {self.num_layers}"
+            )
+
+    @property
+    def bands(self) -> tuple[range, ...]:
+        """Layers of each band, shallow to deep."""
+        return _bands(self.num_layers, self.config.num_bands)
+
+    def band_of_layer(self, layer_idx: int) -> int:
+        """The band of a decoder layer."""
+        return next(i for i, band in enumerate(self.bands) if layer_idx in band)
+
+    def plan(self, prompt_len: int, keep_ratio: float | None = None) -> tuple[BandPlan, ...]:
+        """The plan of one prompt, one entry per band.
+
+        Args:
+            prompt_len: prompt tokens.
+            keep_ratio: the request's own, (0, 1]; None for the configured one.
+        """
+        if keep_ratio is None:
+            keep_ratio = self.config.keep_ratio
+        return _plan(self, prompt_len, keep_ratio)
+
+
+@lru_cache(maxsize=64)
+def _bands(num_layers: int, num_bands: int | None) -> tuple[range, ...]:
+    return split_layers(num_layers, num_bands or default_num_bands(num_layers))
+
+
+@lru_cache(maxsize=16384)
+def _plan(policy: SpindlePolicy, prompt_len: int, keep_ratio: float) -> tuple[BandPlan, ...]:
+    config = policy.config
+    return plan_prompt(
+        prompt_len,
+        # The decimal that the user wrote: 0.29 of 100 tokens is 29, not 28.
+        keep_ratio=Fraction(str(keep_ratio)),
+        window=config.window,
+        block_size=policy.block_size,
+        bands=policy.bands,
+        beta=Fraction(str(config.beta)),
+        shape=config.budget,
+        unit_blocks=policy.num_queries_per_kv if config.gqa == "unfold" else 1,
+        min_prompt_len=config.min_prompt_len,
+    )

@@ -1,0 +1,1 @@
+"""SpindleKV for vLLM: a KV cache that keeps less. Importing this package changes nothing."""

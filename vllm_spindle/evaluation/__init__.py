@@ -1,0 +1,1 @@
+"""Task generators and scoring: what a reduced cache is measured on."""

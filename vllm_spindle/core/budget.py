@@ -88,7 +88,7 @@ def plan_prompt(
 ) -> tuple[BandPlan, ...]:
     """The plan of one prompt, one entry per band.
 
-    ``keep_ratio`` of the prompt's tokens, over all bands, is rounded down to whole blocks; the
+    ``keep_ratio`` of the prompt's tokens, over all layers, is rounded down to whole blocks; the
     window's blocks come first, the rest is the reduced region, shared out along the pyramid.
     The window is kept even where it alone exceeds the budget.
 
@@ -111,14 +111,16 @@ def plan_prompt(
     if keep_ratio >= 1 or tail_block == 0 or prompt_len < min_prompt_len:
         return (keep_all,) * len(bands)
 
-    total_blocks = int(keep_ratio * prompt_len * len(bands) / block_size)
+    # A block costs the layers of the longest band, in every band: shorter groups are padded.
+    num_layers = sum(len(band) for band in bands)
+    longest = max(len(band) for band in bands)
+    total_blocks = int(keep_ratio * prompt_len * num_layers / (block_size * longest))
     cap = tail_block // unit_blocks
     budget = max(0, total_blocks - tail_blocks * len(bands)) // unit_blocks
     budget = min(budget, cap * len(bands))
     context_ratio = Fraction(budget, cap * len(bands)) if cap else Fraction(0)
     ratios = [context_ratio] * len(bands)
     if shape == "pyramid":
-        num_layers = sum(len(band) for band in bands)
         ratios = band_ratios(pyramid_ratios(num_layers, context_ratio, beta), bands)
     # A band left with its window alone can no longer see the context, so each gets a unit first.
     floor = 1 if budget >= len(bands) else 0

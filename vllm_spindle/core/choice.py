@@ -1,0 +1,64 @@
+"""From a layer's window queries and keys to the tokens it keeps: scoring, then selection.
+
+The one entry that the engine, the transformers cache and the tests share, so that they keep the
+same tokens. Shapes: K kv heads, G query heads per kv head, W window queries, T prompt tokens,
+N tokens to keep, D head size.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vllm_spindle.core.eviction import GqaName, select_kept
+from vllm_spindle.core.scoring import (
+    ScoreName,
+    paper_importance,
+    pooled_importance,
+    random_importance,
+    window_attention,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceRule:
+    """How a layer chooses. ``seed`` serves only the random baseline."""
+
+    score: ScoreName
+    pool_kernel: int
+    gqa: GqaName
+    seed: int = 0
+
+
+def choose_kept(
+    rule: ChoiceRule,
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    scale: float,
+    num_context: int,
+    num_kept: int,
+) -> Tensor:
+    """Positions of the context tokens to keep, ascending.
+
+    Args:
+        rule: scoring and GQA rule.
+        queries: rotated queries of the last W prompt tokens. [K, G, W, D].
+        keys: rotated keys of the whole prompt. [K, T, D].
+        scale: softmax scale.
+        num_context: tokens that may be evicted: positions below this.
+        num_kept: context tokens to keep; per query head with ``unfold``.
+
+    Returns:
+        int64: [K, N], with ``unfold`` [K, G, N].
+    """
+    if rule.score == "random":
+        scores = random_importance(
+            *queries.shape[:2], num_context, seed=rule.seed, device=queries.device
+        )
+    else:
+        attention = window_attention(queries, keys, scale)
+        if rule.score == "paper":
+            scores = paper_importance(attention, num_context)
+        else:
+            scores = pooled_importance(attention, num_context, pool_kernel=rule.pool_kernel)
+    return select_kept(scores, num_kept, rule.gqa)

@@ -1,0 +1,1 @@
+"""Everything that knows vLLM: specs, managers, backends, the worker's reduction, metrics."""

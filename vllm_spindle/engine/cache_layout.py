@@ -1,0 +1,89 @@
+"""Where a token's key and value lie inside a cache block.
+
+vLLM's CPU kernels pack keys (transposed, or in pairs for AMX) and may pack values. The packing
+is found out once, by writing coded numbers through the cache's own write operation, instead of
+being copied from kernel sources that change.
+
+Shapes: B blocks, K kv heads, N tokens per block, D head size, n blocks read.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Codes are written as digits below this, so that they are exact in bf16 (8 bits of mantissa).
+DIGIT_BASE = 128
+
+CacheWriter = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+"""``(keys [T, K, D], values [T, K, D], kv_cache, slot_mapping [T])``: vLLM's cache write."""
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """Flat offsets inside the ``N * 2 * D`` elements that one block holds for one kv head.
+
+    Attributes:
+        key_index: offset of each (token, dim) of the keys. [N * D], int64.
+        value_index: the same for the values.
+    """
+
+    key_index: Tensor
+    value_index: Tensor
+
+    def read(self, kv_cache: Tensor, block_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the given blocks, in token order.
+
+        Args:
+            kv_cache: [B, K, N, 2 * D].
+            block_ids: [n], int64.
+
+        Returns:
+            keys and values, [K, n * N, D] each, in the cache's dtype.
+        """
+        _, num_kv_heads, block_size, width = kv_cache.shape
+        blocks = kv_cache.index_select(0, block_ids).transpose(0, 1)
+        flat = blocks.reshape(num_kv_heads, len(block_ids), block_size * width)
+        shape = (num_kv_heads, len(block_ids) * block_size, width // 2)
+        keys = flat.index_select(2, self.key_index).view(shape)
+        values = flat.index_select(2, self.value_index).view(shape)
+        return keys, values
+
+
+def probe_layout(kv_cache: Tensor, write: CacheWriter) -> CacheLayout:
+    """Find the layout of a layer's cache by writing codes into a scratch block.
+
+    Args:
+        kv_cache: the layer's cache, [B, K, N, 2 * D]; only its shape and dtype are used.
+        write: the cache write of that layer.
+
+    Raises:
+        RuntimeError: if a token's elements are not all found inside its own block and head.
+    """
+    _, num_kv_heads, block_size, width = kv_cache.shape
+    num_elements = block_size * width // 2
+    codes = torch.arange(1, num_elements + 1)
+    slots = torch.arange(block_size)
+    shape = (block_size, 1, width // 2)
+    found = torch.zeros(2, block_size * width, dtype=torch.int64)
+    place = 1
+    while place <= num_elements:
+        digits = (codes // place % DIGIT_BASE).to(kv_cache.dtype).view(shape)
+        tokens = digits.expand(-1, num_kv_heads, -1).contiguous()
+        empty = torch.zeros_like(tokens)
+        for side, (keys, values) in enumerate(((tokens, empty), (empty, tokens))):
+            scratch = torch.zeros(1, *kv_cache.shape[1:], dtype=kv_cache.dtype)
+            write(keys, values, scratch, slots)
+            found[side] += scratch[0, -1].reshape(-1).to(torch.int64) * place
+        place *= DIGIT_BASE
+    indices = []
+    for side, name in enumerate(("keys", "values")):
+        order = found[side].argsort(stable=True)[-num_elements:]
+        if not torch.equal(found[side][order], codes):
+            raise RuntimeError(
+                f"spindle: cannot tell how this vLLM packs {name} in a block of {block_size} "
+                f"tokens, head size {width // 2}, {kv_cache.dtype}; use another --block-size"
+            )
+        indices.append(order)
+    return CacheLayout(*indices)

@@ -1,0 +1,52 @@
+"""The block-manager policy: a band's blocks before its reduced region go back to the pool."""
+
+from typing import Any
+
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+
+from vllm_spindle.core.budget import BandPlan
+from vllm_spindle.engine.spec import SpindleSpec
+
+
+class SpindleManager(FullAttentionManager):
+    """Full attention, but once a prompt is processed its first blocks are freed.
+
+    Freed entries become the null block, so the row keeps its length and allocation stays
+    natural: [A B C D E] of a prompt whose region starts at block 2 -> [NULL NULL C D E].
+    """
+
+    def __init__(self, kv_cache_spec: SpindleSpec, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        self.band = kv_cache_spec.band
+        self.policy = kv_cache_spec.policy
+        self.num_freed_blocks = 0
+        self._keep_ratios: dict[str, float] = {}
+
+    def share_keep_ratios(self, keep_ratios: dict[str, float]) -> None:
+        """Use the scheduler's table of per-request ratios. request id -> keep ratio."""
+        self._keep_ratios = keep_ratios
+
+    def plan(self, request_id: str, num_prompt_tokens: int) -> BandPlan:
+        """What this band holds of the request's prompt once it is reduced."""
+        plans = self.policy.plan(num_prompt_tokens, self._keep_ratios.get(request_id))
+        return plans[self.band]
+
+    def remove_skipped_blocks(
+        self,
+        request_id: str,
+        processed_computed_tokens: int,
+        num_prompt_tokens: int | None = None,
+    ) -> None:
+        """Free ``[0, first_block)`` once every prompt token is processed.
+
+        Processed, not merely scheduled: a step in flight still reads the whole row, and the
+        worker compacts the row at the end of the step that finishes the prompt.
+        """
+        if num_prompt_tokens is None or processed_computed_tokens < num_prompt_tokens:
+            return
+        blocks = self.req_to_blocks.get(request_id)
+        first_block = self.plan(request_id, num_prompt_tokens).first_block
+        if not blocks or first_block == 0 or blocks[first_block - 1].is_null:
+            return
+        self._remove_blocks_in_range(request_id, 0, first_block)
+        self.num_freed_blocks += first_block

@@ -1,0 +1,103 @@
+"""From vLLM's own configuration to ours: the switch, the policy, a request's override."""
+
+from functools import lru_cache
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.exceptions import VLLMValidationError
+
+from vllm_spindle.config import KEEP_RATIO_KEY, SpindleConfig, load_config, parse_keep_ratio
+from vllm_spindle.policy import SpindlePolicy
+
+SECTION = "spindle"
+
+
+def asked_for(vllm_config: VllmConfig) -> SpindleConfig | None:
+    """The configuration under ``additional_config["spindle"]``; None if there is none.
+
+    Raises:
+        ValueError: if it is not valid.
+    """
+    section = _additional(vllm_config).get(SECTION)
+    return None if section is None else load_config(section)
+
+
+def switched_on(vllm_config: VllmConfig) -> SpindleConfig | None:
+    """The configuration if it may evict anything; None means that the engine is stock."""
+    config = asked_for(vllm_config)
+    return config if config is not None and config.is_on else None
+
+
+def resolve(vllm_config: VllmConfig, config: SpindleConfig) -> None:
+    """Write the options themselves where the user may have given a file's path.
+
+    Workers may run in another folder or on another host, and must not read the file again.
+    """
+    _additional(vllm_config)[SECTION] = config.model_dump()
+
+
+def policy_for(vllm_config: VllmConfig, config: SpindleConfig) -> SpindlePolicy:
+    """The policy for this model under this configuration."""
+    model_config = vllm_config.model_config
+    parallel_config = vllm_config.parallel_config
+    num_kv_heads = model_config.get_num_kv_heads(parallel_config)
+    return _policy(
+        config,
+        model_config.get_num_layers(parallel_config),
+        vllm_config.cache_config.block_size,
+        model_config.get_num_attention_heads(parallel_config) // num_kv_heads,
+    )
+
+
+@lru_cache(maxsize=8)
+def _policy(
+    config: SpindleConfig, num_layers: int, block_size: int, num_queries_per_kv: int
+) -> SpindlePolicy:
+    return SpindlePolicy(config, num_layers, block_size, num_queries_per_kv)
+
+
+def request_keep_ratio(params: Any) -> float | None:
+    """The request's own keep ratio, checked at admission; None for the server's."""
+    extra_args = getattr(params, "extra_args", None)
+    value = extra_args.get(KEEP_RATIO_KEY) if extra_args else None
+    return None if value is None else float(value)
+
+
+def check_request(vllm_config: VllmConfig, params: Any, resumable: bool) -> None:
+    """Refuse a request that cannot be served as it asks, before it is admitted.
+
+    Raises:
+        VLLMValidationError: HTTP 400 for this request.
+    """
+    on = switched_on(vllm_config) is not None
+    if on and resumable:
+        raise VLLMValidationError(
+            "streaming-input sessions are not supported with spindle: the prompt grows after it "
+            "was reduced; send the whole prompt in one request",
+            parameter="resumable",
+        )
+    extra_args = getattr(params, "extra_args", None) or {}
+    for key in extra_args:
+        if key.startswith("spindle") and key != KEEP_RATIO_KEY:
+            raise VLLMValidationError(
+                f"unknown option {key!r}; did you mean {KEEP_RATIO_KEY!r}?", parameter=key
+            )
+    if KEEP_RATIO_KEY not in extra_args:
+        return
+    value = extra_args[KEEP_RATIO_KEY]
+    try:
+        keep_ratio = parse_keep_ratio(value)
+    except ValueError as error:
+        raise VLLMValidationError(str(error), parameter=KEEP_RATIO_KEY, value=value) from None
+    if not on and keep_ratio < 1:
+        raise VLLMValidationError(
+            "this server runs without spindle, so it cannot reduce one request's KV cache; "
+            'start it with --additional-config \'{"spindle": {"keep_ratio": ...}}\' below 1',
+            parameter=KEEP_RATIO_KEY,
+            value=value,
+        )
+
+
+def _additional(vllm_config: VllmConfig) -> dict[str, Any]:
+    additional = vllm_config.additional_config
+    return additional if isinstance(additional, dict) else {}

@@ -1,0 +1,204 @@
+"""What spindle cannot serve, found at start-up: option, value, reason, way out.
+
+Two moments: the configuration in the front process (``config_refusals``; also what
+``vllm-spindle doctor`` prints), and each attention layer in the worker (``layer_refusals``), for
+what only the model's own code reveals.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import is_quantized_kv_cache
+
+from vllm_spindle.config import SpindleConfig
+from vllm_spindle.core.bands import default_num_bands
+
+WITHOUT = "or serve without spindle"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One reason not to start."""
+
+    option: str
+    value: Any
+    reason: str
+    way_out: str = "serve this model without spindle"
+
+    def __str__(self) -> str:
+        return f"spindle does not support {self.option}={self.value}: {self.reason}; {self.way_out}"
+
+
+def raise_if_any(refusals: list[Refusal]) -> None:
+    """Stop start-up with every reason there is.
+
+    Raises:
+        ValueError: if the list is not empty.
+    """
+    if refusals:
+        raise ValueError("\n".join(str(refusal) for refusal in dict.fromkeys(refusals)))
+
+
+def config_refusals(vllm_config: VllmConfig, config: SpindleConfig) -> list[Refusal]:
+    """Everything in the configuration that stands against switching on."""
+    found = [
+        *_platform(vllm_config),
+        *_model(vllm_config),
+        *_parallel(vllm_config),
+        *_cache(vllm_config),
+        *_scheduling(vllm_config),
+        *_bands(vllm_config, config),
+    ]
+    return found
+
+
+def layer_refusals(layer: Any) -> list[Refusal]:
+    """What an attention layer's own settings rule out."""
+    impl, name = layer.impl, layer.layer_name
+    found = []
+    if getattr(impl, "alibi_slopes", None) is not None:
+        found.append(Refusal("model", "ALiBi", f"{name} biases attention by distance"))
+    if getattr(impl, "logits_soft_cap", None):
+        found.append(Refusal("model", "logit soft-cap", f"{name} caps attention logits"))
+    if getattr(impl, "sinks", None) is not None:
+        found.append(Refusal("model", "attention sinks", f"{name} has learned sinks"))
+    if layer.sliding_window is not None:
+        found.append(Refusal("model", "sliding window", f"{name} attends to a window already"))
+    if layer.head_size_v != layer.head_size:
+        found.append(Refusal("model", "head sizes", f"{name}: keys and values differ in width"))
+    return found
+
+
+def _platform(vllm_config: VllmConfig) -> Iterator[Refusal]:
+    if not current_platform.is_cpu():
+        yield Refusal(
+            "platform",
+            current_platform.device_name,
+            "this release reduces on vLLM's CPU backend; CUDA needs the model runner V2 adapter",
+            "use the CPU build of vLLM, " + WITHOUT,
+        )
+    elif vllm_config.use_v2_model_runner:
+        yield Refusal(
+            "VLLM_USE_V2_MODEL_RUNNER",
+            1,
+            "the reduction is adapted to model runner V1 only",
+            "unset VLLM_USE_V2_MODEL_RUNNER, " + WITHOUT,
+        )
+
+
+def _model(vllm_config: VllmConfig) -> Iterator[Refusal]:
+    model = vllm_config.model_config
+    text = model.hf_text_config
+    if model.runner_type != "generate":
+        yield Refusal("runner", model.runner_type, "only generation has a decode to speed up")
+    if model.is_encoder_decoder:
+        yield Refusal("model", model.model, "encoder-decoder models keep a second cache")
+    if model.use_mla:
+        yield Refusal("model", model.model, "MLA stores latent vectors, not keys and values")
+    if model.is_hybrid or model.is_attention_free:
+        yield Refusal("model", model.model, "Mamba and hybrid models keep another kind of state")
+    if _has_sliding_window(model, text):
+        yield Refusal("model", model.model, "sliding-window layers already drop old tokens")
+    if model.attention_chunk_size is not None:
+        yield Refusal("model", model.model, "chunked-local attention already drops old tokens")
+    if model.rswa_window is not None:
+        yield Refusal("model", model.model, "reference sliding-window attention frees blocks itself")
+    if model.is_mm_prefix_lm:
+        yield Refusal("model", model.model, "bidirectional prefixes are not causal")
+    if getattr(text, "num_kv_shared_layers", 0):
+        yield Refusal("model", model.model, "layers share one another's KV cache")
+
+
+def _has_sliding_window(model: Any, text: Any) -> bool:
+    layer_types = getattr(text, "layer_types", None) or ()
+    if any(kind != "full_attention" for kind in layer_types):
+        return True
+    return not layer_types and model.get_sliding_window() is not None
+
+
+def _parallel(vllm_config: VllmConfig) -> Iterator[Refusal]:
+    parallel = vllm_config.parallel_config
+    for option in (
+        "pipeline_parallel_size",
+        "decode_context_parallel_size",
+        "prefill_context_parallel_size",
+    ):
+        size = getattr(parallel, option)
+        if size > 1:
+            flag = "--" + option.replace("_", "-")
+            yield Refusal(
+                flag, size, "a band's layers and blocks must be on one rank", f"leave {flag} at 1"
+            )
+    if parallel.enable_dbo or parallel.use_ubatching:
+        yield Refusal("--enable-dbo", True, "a step must be one batch", "leave it off")
+    if parallel.worker_cls != "vllm.v1.worker.cpu_worker.CPUWorker" and current_platform.is_cpu():
+        yield Refusal(
+            "--worker-cls", parallel.worker_cls, "spindle brings its own worker class", "remove it"
+        )
+
+
+def _cache(vllm_config: VllmConfig) -> Iterator[Refusal]:
+    cache = vllm_config.cache_config
+    if is_quantized_kv_cache(cache.cache_dtype):
+        yield Refusal(
+            "--kv-cache-dtype",
+            cache.cache_dtype,
+            "quantised keys cannot be scored yet",
+            "use --kv-cache-dtype auto",
+        )
+    if cache.kv_sharing_fast_prefill:
+        yield Refusal("--kv-sharing-fast-prefill", True, "prompts are cut short", "leave it off")
+    if cache.kv_offloading_size is not None:
+        yield Refusal(
+            "--kv-offloading-size",
+            cache.kv_offloading_size,
+            "offloaded blocks would miss the reduction",
+            "remove it",
+        )
+    if vllm_config.kv_transfer_config is not None:
+        yield Refusal(
+            "--kv-transfer-config",
+            vllm_config.kv_transfer_config.kv_connector,
+            "a KV connector copies blocks that the reduction rewrites",
+            "remove it",
+        )
+
+
+def _scheduling(vllm_config: VllmConfig) -> Iterator[Refusal]:
+    scheduler = vllm_config.scheduler_config
+    if scheduler.disable_hybrid_kv_cache_manager:
+        yield Refusal(
+            "--disable-hybrid-kv-cache-manager",
+            True,
+            "bands are separate KV-cache groups",
+            "remove it",
+        )
+    if scheduler.scheduler_cls is not None:
+        yield Refusal(
+            "--scheduler-cls",
+            scheduler.scheduler_cls,
+            "spindle brings its own scheduler class",
+            "remove it",
+        )
+    if vllm_config.speculative_config is not None:
+        yield Refusal(
+            "--speculative-config",
+            vllm_config.speculative_config.method,
+            "drafts would read and extend a reduced cache",
+            "remove it",
+        )
+
+
+def _bands(vllm_config: VllmConfig, config: SpindleConfig) -> Iterator[Refusal]:
+    num_layers = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
+    num_bands = config.num_bands or default_num_bands(num_layers)
+    if num_layers < num_bands:
+        yield Refusal(
+            "num_bands",
+            num_bands,
+            f"the model has only {num_layers} layers",
+            f"leave num_bands out, or set it to at most {num_layers}",
+        )

@@ -1,0 +1,116 @@
+"""The scheduler's adapter: free reduced prompts early, keep chunks off a prompt's end, count."""
+
+from typing import Any
+
+from vllm.v1.request import Request
+
+from vllm_spindle.engine.manager import SpindleManager
+from vllm_spindle.engine.options import request_keep_ratio
+
+
+class SpindleSchedulerMixin:
+    """Mixed into vLLM's scheduler class, synchronous or asynchronous."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._keep_ratios: dict[str, float] = {}
+        self._reduced: set[str] = set()
+        self._bands: list[SpindleManager] = [
+            manager
+            for manager in self.kv_cache_manager.coordinator.single_type_managers
+            if isinstance(manager, SpindleManager)
+        ]
+        self._bands.sort(key=lambda manager: manager.band)
+        for manager in self._bands:
+            manager.share_keep_ratios(self._keep_ratios)
+        self._stats = _empty_stats(len(self._bands))
+
+    def add_request(self, request: Request) -> None:
+        """Remember the request's own keep ratio before it is queued."""
+        keep_ratio = request_keep_ratio(request.sampling_params)
+        if keep_ratio is not None:
+            self._keep_ratios[request.request_id] = keep_ratio
+        super().add_request(request)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's schedule, after reduced prompts have given their blocks back.
+
+        vLLM itself asks per request, in turn: a request that was just prefilled is asked last,
+        and an earlier one in need of a block would preempt it although its own surplus
+        suffices.
+        """
+        for request in self.running:
+            if request.request_id not in self._reduced:
+                self._free_if_processed(request)
+        return super().schedule(*args, **kwargs)
+
+    def _free_if_processed(self, request: Request) -> None:
+        processed = request.num_computed_tokens - request.num_in_flight_tokens
+        if processed < request.num_prompt_tokens:
+            return
+        self.kv_cache_manager.remove_skipped_blocks(
+            request.request_id, processed, request.num_prompt_tokens
+        )
+        self._reduced.add(request.request_id)
+        for band, manager in enumerate(self._bands):
+            plan = manager.plan(request.request_id, request.num_prompt_tokens)
+            self._stats["prompt_blocks"][band] += plan.prompt_blocks
+            self._stats["held_blocks"][band] += plan.held_blocks
+
+    def _reserve_prefill_lookahead(
+        self, request: Request, num_computed_tokens: int, num_new_tokens: int
+    ) -> int:
+        """Never let a chunk reach across the end of the prompt.
+
+        Only a request resumed after preemption could: it prefills prompt and output. Stopping
+        at the prompt's end lets its output attend to the reduced cache again, as it did before.
+        """
+        num_new_tokens = super()._reserve_prefill_lookahead(
+            request, num_computed_tokens, num_new_tokens
+        )
+        to_prompt_end = request.num_prompt_tokens - num_computed_tokens
+        return to_prompt_end if 0 < to_prompt_end < num_new_tokens else num_new_tokens
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        super()._preempt_request(request, *args, **kwargs)
+        self._reduced.discard(request.request_id)
+
+    def _free_blocks(self, request: Request) -> None:
+        super()._free_blocks(request)
+        self._reduced.discard(request.request_id)
+        self._keep_ratios.pop(request.request_id, None)
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        """vLLM's update, after the worker's reduction numbers are added up."""
+        worker = (model_runner_output.plugin_stats or {}).get("spindle")
+        if worker is not None:
+            stats = self._stats
+            stats["reductions"] += worker["reductions"]
+            stats["seconds"] += worker["seconds"]
+            for band, num_tokens in enumerate(worker["tokens_evicted"]):
+                stats["tokens_evicted"][band] += num_tokens
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's step statistics, with ours beside them."""
+        scheduler_stats = super().make_stats(*args, **kwargs)
+        if scheduler_stats is None:
+            return None
+        for band, manager in enumerate(self._bands):
+            self._stats["blocks_freed"][band] += manager.num_freed_blocks
+            manager.num_freed_blocks = 0
+        scheduler_stats.plugin_stats = {"spindle": self._stats}
+        self._stats = _empty_stats(len(self._bands))
+        return scheduler_stats
+
+
+def _empty_stats(num_bands: int) -> dict[str, Any]:
+    """Counts since the last report; lists have one entry per band."""
+    return {
+        "reductions": 0,
+        "seconds": 0.0,
+        "blocks_freed": [0] * num_bands,
+        "tokens_evicted": [0] * num_bands,
+        "prompt_blocks": [0] * num_bands,
+        "held_blocks": [0] * num_bands,
+    }

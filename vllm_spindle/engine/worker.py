@@ -1,0 +1,159 @@
+"""The worker's adapter for model runner V1: what the reduction reads off the runner.
+
+Model runner V2 needs another adapter (``BatchView`` and block ids from its own tables), not
+another reduction.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vllm.model_executor.models.utils import extract_layer_index
+
+from vllm_spindle.engine.active import activate
+from vllm_spindle.engine.options import request_keep_ratio
+from vllm_spindle.engine.reduction import ReducedLayer, Reducer
+from vllm_spindle.engine.spec import SpindleSpec
+from vllm_spindle.engine.step import BatchView, Step
+from vllm_spindle.engine.window import WindowStash
+
+
+class SpindleWorkerMixin:
+    """Reduces prompts after the step that ends them. Mixed into vLLM's worker class."""
+
+    _reduction: "RunnerReduction | None" = None
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        """vLLM's step, then the reduction of every prompt that ended in it."""
+        if self._reduction is None:
+            self._reduction = RunnerReduction(self.model_runner)
+        reduction = self._reduction
+        reduction.begin(scheduler_output)
+        with activate(reduction):
+            output = super().execute_model(scheduler_output)
+            reduction.finish()
+        return output
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """vLLM's sampling; the step's reduction numbers ride on its output."""
+        output = super().sample_tokens(grammar_output)
+        if self._reduction is not None and self._reduction.has_stats:
+            output.plugin_stats = {"spindle": self._reduction.reducer.stats.take()}
+        return output
+
+
+class RunnerReduction:
+    """One runner's reduction, step by step."""
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+        self.reducer = _make_reducer(runner)
+        self._group_of_band = _groups(runner)
+        self._scheduler_output: Any = None
+        self._step: Step | None = None
+        self._keep_ratios: dict[str, float] = {}
+
+    @property
+    def step(self) -> Step:
+        """The current step, planned when first asked for: once the batch is up to date."""
+        if self._step is None:
+            self._step = self.reducer.plan_step(self._batch(), self._keep_ratios)
+        return self._step
+
+    @property
+    def stash(self) -> WindowStash:
+        """The window's queries."""
+        return self.reducer.stash
+
+    @property
+    def has_stats(self) -> bool:
+        """Whether anything was reduced since the numbers were last sent."""
+        return self.reducer.stats.num_reductions > 0
+
+    def begin(self, scheduler_output: Any) -> None:
+        """A new step: learn new requests, forget the ended ones."""
+        self._scheduler_output = scheduler_output
+        self._step = None
+        for request_id in scheduler_output.finished_req_ids:
+            self._keep_ratios.pop(request_id, None)
+            self.stash.release(request_id)
+        # A preempted request computes its whole prompt again, window included.
+        for request_id in scheduler_output.preempted_req_ids or ():
+            self.stash.release(request_id)
+        for request in scheduler_output.scheduled_new_reqs:
+            keep_ratio = request_keep_ratio(request.sampling_params)
+            if keep_ratio is not None:
+                self._keep_ratios[request.req_id] = keep_ratio
+
+    def finish(self) -> None:
+        """Reduce the prompts that ended; the next step already reads the reduced rows."""
+        if self._step is None:
+            return
+        for end in self._step.prompt_ends:
+            self.reducer.reduce(end, self._block_ids)
+
+    def _batch(self) -> BatchView:
+        batch = self._runner.input_batch
+        request_ids = batch.req_ids
+        scheduled = self._scheduler_output.num_scheduled_tokens
+        return BatchView(
+            request_ids=request_ids,
+            prompt_lens=batch.num_prompt_tokens[: len(request_ids)],
+            num_computed=batch.num_computed_tokens_cpu[: len(request_ids)],
+            num_scheduled=np.array([scheduled[request_id] for request_id in request_ids]),
+        )
+
+    def _block_ids(self, band: int, row: int) -> Tensor:
+        table = self._runner.input_batch.block_table[self._group_of_band[band]]
+        num_blocks = table.num_blocks_per_row[row]
+        return torch.from_numpy(table.block_table.np[row, :num_blocks].astype(np.int64))
+
+
+def _groups(runner: Any) -> list[int]:
+    """KV-cache group of each band."""
+    specs = [group.kv_cache_spec for group in runner.kv_cache_config.kv_cache_groups]
+    order = sorted(range(len(specs)), key=lambda group: specs[group].band)
+    assert [specs[group].band for group in order] == list(range(len(specs)))
+    return order
+
+
+def _make_reducer(runner: Any) -> Reducer:
+    groups = runner.kv_cache_config.kv_cache_groups
+    layers = runner.compilation_config.static_forward_context
+    bands = [
+        [_reduced_layer(layers[name]) for name in groups[group].layer_names]
+        for group in _groups(runner)
+    ]
+    spec = groups[0].kv_cache_spec
+    assert isinstance(spec, SpindleSpec)
+    for group, table in zip(groups, runner.input_batch.block_table.block_tables, strict=True):
+        if table.block_size != group.kv_cache_spec.block_size:
+            raise ValueError(
+                f"spindle: --block-size {group.kv_cache_spec.block_size} is split by the "
+                f"attention kernel into blocks of {table.block_size}; pass "
+                f"--block-size {table.block_size}"
+            )
+    first = next(iter(bands[0]))
+    attention = layers[groups[0].layer_names[0]]
+    stash = WindowStash(
+        num_layers=spec.policy.num_layers,
+        window=spec.policy.config.window,
+        num_heads=attention.num_heads,
+        head_size=attention.head_size,
+        dtype=first.kv_cache.dtype,
+    )
+    return Reducer(spec.policy, bands, stash)
+
+
+def _reduced_layer(layer: Any) -> ReducedLayer:
+    def write(keys: Tensor, values: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
+        layer.impl.do_kv_cache_update(layer, keys, values, kv_cache, slot_mapping)
+
+    return ReducedLayer(
+        layer_idx=extract_layer_index(layer.layer_name),
+        kv_cache=layer.kv_cache,
+        scale=layer.impl.scale,
+        write=write,
+    )

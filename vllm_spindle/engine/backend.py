@@ -21,41 +21,40 @@ from vllm_spindle.engine.spec import SpindleSpec
 from vllm_spindle.engine.step import BandRows
 
 
-class ShiftedTables:
-    """Persistent buffers for a band's block table and lengths, rewritten every step.
+class ShiftedTable:
+    """A band's block table and lengths as the stock kernel shall see them, rewritten every step.
 
-    Persistent because a captured graph reads them again by address; one pair per copy of the
-    reduced region, since the copies of a step are alive together.
+    The buffers are persistent, because a captured graph reads them again by address. Each copy
+    of the reduced region has its own, since the copies of a step are alive together.
     """
 
-    def __init__(self, num_copies: int) -> None:
-        self._tables: list[Tensor | None] = [None] * num_copies
-        self._lengths: list[Tensor | None] = [None] * num_copies
+    def __init__(self, copy_idx: int, block_size: int) -> None:
+        self._copy_idx = copy_idx
+        self._block_size = block_size
+        self._table: Tensor | None = None
+        self._lengths: Tensor | None = None
+        self._rows: BandRows | None = None
+        self._source = self._skipped_tokens = torch.empty(0)
 
     def shift(
-        self, common: CommonAttentionMetadata, rows: BandRows, block_size: int, copy_idx: int
+        self, common: CommonAttentionMetadata, rows: BandRows
     ) -> CommonAttentionMetadata:
-        """The step's metadata with every reduced row starting at its held blocks.
-
-        Row [- - - R R T T], copy_blocks 2, tail_block 5 -> [R R T T . . .], length 3 blocks less.
-        """
-        table = common.block_table_tensor
-        num_rows, num_columns = len(rows.first_block), table.shape[1]
-        out_table = self._buffer(self._tables, copy_idx, table)[: table.shape[0]]
-        out_lengths = self._buffer(self._lengths, copy_idx, common.seq_lens)[: table.shape[0]]
-
-        column = torch.arange(num_columns, device=table.device)
-        in_region = column < rows.copy_blocks.unsqueeze(1)
-        start = rows.first_block + copy_idx * rows.copy_blocks
-        skipped = rows.tail_block - rows.copy_blocks
-        source = column + torch.where(in_region, start.unsqueeze(1), skipped.unsqueeze(1))
-        # Columns past a row's end are never read; they only must stay inside the table.
-        source.clamp_(max=num_columns - 1)
-        out_table[num_rows:] = table[num_rows:]
-        torch.gather(table[:num_rows], 1, source, out=out_table[:num_rows])
-
-        out_lengths.copy_(common.seq_lens)
-        out_lengths[:num_rows] -= skipped.to(out_lengths.dtype) * block_size
+        """The step's metadata with every reduced row starting at its held blocks."""
+        table, lengths = common.block_table_tensor, common.seq_lens
+        if rows is not self._rows:
+            self._rows = rows
+            self._source = rows.source_columns(self._copy_idx, table.shape[1]).to(table.device)
+            skipped = rows.skipped_blocks * self._block_size
+            self._skipped_tokens = skipped.to(lengths.device, lengths.dtype)
+        num_rows = len(self._source)
+        self._table = _at_least(self._table, table)
+        self._lengths = _at_least(self._lengths, lengths)
+        out_table, out_lengths = self._table[: len(table)], self._lengths[: len(lengths)]
+        torch.gather(table[:num_rows], 1, self._source, out=out_table[:num_rows])
+        torch.sub(lengths[:num_rows], self._skipped_tokens, out=out_lengths[:num_rows])
+        if num_rows < len(table):  # rows of padding
+            out_table[num_rows:] = table[num_rows:]
+            out_lengths[num_rows:] = lengths[num_rows:]
         return common.replace(
             block_table_tensor=out_table,
             seq_lens=out_lengths,
@@ -63,12 +62,12 @@ class ShiftedTables:
             _num_computed_tokens_cache=None,
         )
 
-    @staticmethod
-    def _buffer(buffers: list[Tensor | None], index: int, like: Tensor) -> Tensor:
-        buffer = buffers[index]
-        if buffer is None or buffer.shape[0] < like.shape[0] or buffer.shape[1:] != like.shape[1:]:
-            buffer = buffers[index] = torch.empty_like(like)
-        return buffer
+
+def _at_least(buffer: Tensor | None, like: Tensor) -> Tensor:
+    """The buffer, or a larger one if it has too few rows for ``like``."""
+    if buffer is None or len(buffer) < len(like) or buffer.shape[1:] != like.shape[1:]:
+        return torch.empty_like(like)
+    return buffer
 
 
 @dataclass(frozen=True)
@@ -91,8 +90,8 @@ class SpindleBuilderMixin:
         policy = kv_cache_spec.policy
         self._band = kv_cache_spec.band
         self._is_unfold = policy.config.gqa == "unfold"
-        self._num_copies = policy.num_queries_per_kv if self._is_unfold else 1
-        self._shifted = ShiftedTables(self._num_copies)
+        num_copies = policy.num_queries_per_kv if self._is_unfold else 1
+        self._tables = [ShiftedTable(i, kv_cache_spec.block_size) for i in range(num_copies)]
 
     def build(
         self,
@@ -104,11 +103,7 @@ class SpindleBuilderMixin:
         rows = reduction.step.bands[self._band] if reduction is not None else None
         if rows is None:
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
-        block_size = self.kv_cache_spec.block_size
-        shifted = [
-            self._shifted.shift(common_attn_metadata, rows, block_size, copy_idx)
-            for copy_idx in range(self._num_copies)
-        ]
+        shifted = [table.shift(common_attn_metadata, rows) for table in self._tables]
         if not self._is_unfold:
             return super().build(common_prefix_len, shifted[0], fast_build)
         # One query head per kv head at a time, each over the copy that it chose.
@@ -159,12 +154,9 @@ class SpindleImplMixin:
 @lru_cache(maxsize=16)
 def wrap_backend(stock: type[AttentionBackend]) -> type[AttentionBackend]:
     """The Spindle backend around a stock one; the same class for the same backend."""
-    impl = type(f"Spindle{stock.get_impl_cls().__name__}", (SpindleImplMixin, stock.get_impl_cls()), {})
-    builder = type(
-        f"Spindle{stock.get_builder_cls().__name__}",
-        (SpindleBuilderMixin, stock.get_builder_cls()),
-        {},
-    )
+    stock_impl, stock_builder = stock.get_impl_cls(), stock.get_builder_cls()
+    impl = type(f"Spindle{stock_impl.__name__}", (SpindleImplMixin, stock_impl), {})
+    builder = type(f"Spindle{stock_builder.__name__}", (SpindleBuilderMixin, stock_builder), {})
     return type(
         f"Spindle{stock.__name__}",
         (stock,),

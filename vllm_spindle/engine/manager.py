@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from vllm_spindle.core.budget import BandPlan
@@ -21,6 +22,7 @@ class SpindleManager(FullAttentionManager):
         self.policy = kv_cache_spec.policy
         self.num_freed_blocks = 0
         self._keep_ratios: dict[str, float] = {}
+        self._plans: dict[str, BandPlan] = {}
 
     def share_keep_ratios(self, keep_ratios: dict[str, float]) -> None:
         """Use the scheduler's table of per-request ratios. request id -> keep ratio."""
@@ -28,8 +30,11 @@ class SpindleManager(FullAttentionManager):
 
     def plan(self, request_id: str, num_prompt_tokens: int) -> BandPlan:
         """What this band holds of the request's prompt once it is reduced."""
-        plans = self.policy.plan(num_prompt_tokens, self._keep_ratios.get(request_id))
-        return plans[self.band]
+        plan = self._plans.get(request_id)
+        if plan is None:
+            plans = self.policy.plan(num_prompt_tokens, self._keep_ratios.get(request_id))
+            plan = self._plans[request_id] = plans[self.band]
+        return plan
 
     def remove_skipped_blocks(
         self,
@@ -50,3 +55,8 @@ class SpindleManager(FullAttentionManager):
             return
         self._remove_blocks_in_range(request_id, 0, first_block)
         self.num_freed_blocks += first_block
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """The request's blocks, when it ends or is preempted."""
+        self._plans.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)

@@ -74,10 +74,24 @@ class Reducer:
         self.num_copies = policy.num_queries_per_kv if config.gqa == "unfold" else 1
         self._window = config.window
         self._layout: CacheLayout | None = None
+        self._plans: dict[str, tuple[BandPlan, ...]] = {}
+        self._past: list[str | None] = []
+        self._past_rows: tuple[BandRows | None, ...] = (None,) * len(bands)
 
-    def plan_step(self, batch: BatchView, keep_ratios: dict[str, float]) -> Step:
-        """The step's geometry. ``keep_ratios`` holds the requests that override the server's."""
-        row_plans: list[tuple[BandPlan, ...] | None] = []
+    def admit(self, request_id: str, prompt_len: int, keep_ratio: float | None) -> None:
+        """Plan a request's prompt; ``keep_ratio`` None for the server's."""
+        plans = self.policy.plan(prompt_len, keep_ratio)
+        if any(plan.is_reduced for plan in plans):
+            self._plans[request_id] = plans
+
+    def forget(self, request_id: str) -> None:
+        """The request is over."""
+        self._plans.pop(request_id, None)
+        self.stash.release(request_id)
+
+    def plan_step(self, batch: BatchView) -> Step:
+        """The step's geometry, before its forward."""
+        past: list[str | None] = []
         ends: list[PromptEnd] = []
         sources: list[Tensor] = []
         targets: list[Tensor] = []
@@ -90,11 +104,10 @@ class Reducer:
             strict=True,
         )
         for row, (request_id, prompt_len, computed, scheduled) in enumerate(rows):
-            plans = self.policy.plan(prompt_len, keep_ratios.get(request_id))
-            is_reducible = any(plan.is_reduced for plan in plans)
+            plans = self._plans.get(request_id)
             is_past = computed >= prompt_len
-            row_plans.append(plans if is_past and is_reducible else None)
-            if is_reducible and not is_past:
+            past.append(request_id if is_past and plans else None)
+            if plans and not is_past:
                 first = max(computed, prompt_len - self._window)
                 stop = min(computed + scheduled, prompt_len)
                 if first < stop:
@@ -105,15 +118,25 @@ class Reducer:
                     if stop == prompt_len:
                         ends.append(PromptEnd(row, request_id, prompt_len, plans, slot))
             token += scheduled
-        window = WindowRows(torch.cat(sources), torch.cat(targets)) if sources else None
         return Step(
-            bands=tuple(
-                BandRows.of([p[band] if p else None for p in row_plans], self.num_copies)
-                for band in range(len(self.bands))
-            ),
-            window=window,
+            bands=self._band_rows(past),
+            window=WindowRows(torch.cat(sources), torch.cat(targets)) if sources else None,
             prompt_ends=tuple(ends),
         )
+
+    def _band_rows(self, past: list[str | None]) -> tuple[BandRows | None, ...]:
+        """Per band, the geometry of the rows that are reduced, None for the others.
+
+        Unchanged from one decode step to the next until a request comes or goes.
+        """
+        if past != self._past:
+            self._past = past
+            plans = [self._plans[request_id] if request_id else None for request_id in past]
+            self._past_rows = tuple(
+                BandRows.of([p[band] if p else None for p in plans], self.num_copies)
+                for band in range(len(self.bands))
+            )
+        return self._past_rows
 
     def reduce(self, end: PromptEnd, block_ids: Callable[[int, int], Tensor]) -> None:
         """Compact one ended prompt in every band that reduces it.

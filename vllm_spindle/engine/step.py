@@ -40,15 +40,18 @@ class PromptEnd:
     slot: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BandRows:
-    """Block geometry of every row in one band; zeros where a row is not reduced. [R] each.
+    """Block geometry of every row in one band; zeros where a row is not reduced. R rows.
+
+    Compared by identity: steps with the same rows share one object, so that what follows from it
+    is computed once.
 
     Attributes:
-        first_block: first held block.
+        first_block: first held block. [R], int64.
         copy_blocks: blocks of one copy of the reduced region (``unfold`` has one copy per query
-            head of a group, else there is one).
-        tail_block: first block after the reduced region.
+            head of a group, else there is one). [R], int64.
+        tail_block: first block after the reduced region. [R], int64.
     """
 
     first_block: Tensor
@@ -65,6 +68,26 @@ class BandRows:
             for p in plans
         ]
         return cls(*torch.tensor(rows, dtype=torch.int64).unbind(1))
+
+    def source_columns(self, copy_idx: int, num_columns: int) -> Tensor:
+        """Column of the natural table that each column of the shifted one is read from.
+
+        Row [- - - R R T T], copy_blocks 2, tail_block 5 -> [3 4 5 6 6 6 6]: columns past the
+        row's end are never read, they only must stay inside the table.
+
+        Returns:
+            [R, num_columns], int64.
+        """
+        column = torch.arange(num_columns)
+        in_region = column < self.copy_blocks.unsqueeze(1)
+        start = self.first_block + copy_idx * self.copy_blocks
+        shift = torch.where(in_region, start.unsqueeze(1), self.skipped_blocks.unsqueeze(1))
+        return (column + shift).clamp_(max=num_columns - 1)
+
+    @property
+    def skipped_blocks(self) -> Tensor:
+        """Blocks by which a row is shorter than natural, seen from one copy. [R], int64."""
+        return self.tail_block - self.copy_blocks
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.utils import length_from_prompt_token_ids_or_embeds
 
 from vllm_spindle.engine.active import activate
 from vllm_spindle.engine.options import request_keep_ratio
@@ -53,13 +54,12 @@ class RunnerReduction:
         self._group_of_band = _groups(runner)
         self._scheduler_output: Any = None
         self._step: Step | None = None
-        self._keep_ratios: dict[str, float] = {}
 
     @property
     def step(self) -> Step:
         """The current step, planned when first asked for: once the batch is up to date."""
         if self._step is None:
-            self._step = self.reducer.plan_step(self._batch(), self._keep_ratios)
+            self._step = self.reducer.plan_step(self._batch())
         return self._step
 
     @property
@@ -77,15 +77,18 @@ class RunnerReduction:
         self._scheduler_output = scheduler_output
         self._step = None
         for request_id in scheduler_output.finished_req_ids:
-            self._keep_ratios.pop(request_id, None)
-            self.stash.release(request_id)
+            self.reducer.forget(request_id)
         # A preempted request computes its whole prompt again, window included.
         for request_id in scheduler_output.preempted_req_ids or ():
             self.stash.release(request_id)
         for request in scheduler_output.scheduled_new_reqs:
-            keep_ratio = request_keep_ratio(request.sampling_params)
-            if keep_ratio is not None:
-                self._keep_ratios[request.req_id] = keep_ratio
+            self.reducer.admit(
+                request.req_id,
+                length_from_prompt_token_ids_or_embeds(
+                    request.prompt_token_ids, request.prompt_embeds
+                ),
+                request_keep_ratio(request.sampling_params),
+            )
 
     def finish(self) -> None:
         """Reduce the prompts that ended; the next step already reads the reduced rows."""

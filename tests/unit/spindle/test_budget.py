@@ -83,6 +83,12 @@ def test_plan_worked_example() -> None:
     assert [p.first_block for p in plan] == [39, 45, 50, 56]
 
 
+def test_plan_rounds_no_earlier_than_blocks() -> None:
+    """0.29 of 100 one-token blocks is 29: the product of fractions is rounded, once."""
+    (plan,) = _plan(100, Fraction(29, 100), window=1, block_size=1, bands=split_layers(1, 1))
+    assert plan.held_blocks == 29
+
+
 def test_plan_uniform_gives_every_band_the_same() -> None:
     """The same fifty blocks, shared evenly, the odd ones to the shallow bands."""
     plan = _plan(1000, Fraction(1, 4), shape="uniform")

@@ -9,7 +9,7 @@ from fractions import Fraction
 from functools import lru_cache
 
 from vllm_spindle.config import SpindleConfig
-from vllm_spindle.core.bands import default_num_bands, split_layers
+from vllm_spindle.core.bands import default_num_bands, split_layers, usable_num_bands
 from vllm_spindle.core.budget import BandPlan, plan_prompt
 
 
@@ -35,6 +35,14 @@ class SpindlePolicy:
             raise ValueError(
                 f"spindle: num_bands={num_bands}: the model has only {self.num_layers} layers; "
                 f"leave num_bands out, or set it to at most {self.num_layers}"
+            )
+        usable = usable_num_bands(self.num_layers)
+        if num_bands is not None and num_bands not in usable:
+            raise ValueError(
+                f"spindle: num_bands={num_bands}: {self.num_layers} layers make bands of "
+                f"{-(-self.num_layers // num_bands)} and {self.num_layers // num_bands}, too uneven "
+                "for one KV-cache group each; leave num_bands out, or set it to one of "
+                + ", ".join(map(str, usable))
             )
 
     @property

@@ -19,9 +19,8 @@ def default_num_bands(num_layers: int) -> int:
     """Number of equal bands for a model: the divisor of ``num_layers`` nearest to four.
 
     Divisors from 2 to 8 are considered (each band costs the engine a block table and a metadata
-    build per step), ties go to the smaller. A model without such a divisor gets four uneven
-    bands, for which vLLM pads the smaller groups; a model of fewer than four layers gets one
-    band a layer.
+    build per step), ties go to the smaller. A model without such a divisor gets up to four uneven
+    bands, for which vLLM pads the smaller groups.
 
     Raises:
         ValueError: if ``num_layers`` is not positive.
@@ -30,8 +29,18 @@ def default_num_bands(num_layers: int) -> int:
         raise ValueError(f"num_layers must be at least 1, got {num_layers}")
     divisors = [n for n in range(2, MAX_DEFAULT_BANDS + 1) if num_layers % n == 0]
     if not divisors:
-        return min(num_layers, PREFERRED_BANDS)
+        return max(n for n in usable_num_bands(num_layers) if n <= PREFERRED_BANDS)
     return min(divisors, key=lambda n: (abs(n - PREFERRED_BANDS), n))
+
+
+def usable_num_bands(num_layers: int) -> list[int]:
+    """The numbers of bands whose groups vLLM keeps whole, ascending; 1 is always among them.
+
+    vLLM pads the shorter groups while the longest has less than 1.5 times the layers of the
+    shortest, and otherwise cuts every group to the shortest: a band would be several groups
+    (``_get_kv_cache_groups_uniform_page_size``). 11 layers in 4 bands: 3, 3, 3, 2 is cut.
+    """
+    return [n for n in range(1, num_layers + 1) if 2 * -(-num_layers // n) < 3 * (num_layers // n)]
 
 
 def split_layers(num_layers: int, num_bands: int) -> tuple[range, ...]:

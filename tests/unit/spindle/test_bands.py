@@ -5,7 +5,13 @@ from fractions import Fraction
 import pytest
 
 import oracles
-from vllm_spindle.core.bands import band_ratios, default_num_bands, pyramid_ratios, split_layers
+from vllm_spindle.core.bands import (
+    band_ratios,
+    default_num_bands,
+    pyramid_ratios,
+    split_layers,
+    usable_num_bands,
+)
 
 BETA = Fraction(1, 20)
 
@@ -13,10 +19,10 @@ BETA = Fraction(1, 20)
 @pytest.mark.parametrize(
     ("num_layers", "num_bands"),
     [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (6, 3), (7, 7), (10, 5), (15, 3), (26, 2), (28, 4)]
-    + [(32, 4), (36, 4), (40, 4), (80, 4), (11, 4), (13, 4), (61, 4)],
+    + [(32, 4), (36, 4), (40, 4), (80, 4), (11, 3), (13, 4), (61, 4)],
 )
 def test_default_is_the_divisor_nearest_to_four(num_layers: int, num_bands: int) -> None:
-    """The default is the divisor from 2 to 8 nearest to four, ties down, or four uneven bands."""
+    """The default is the divisor from 2 to 8 nearest to four, ties down, or up to four uneven bands."""
     assert default_num_bands(num_layers) == num_bands
 
 
@@ -24,6 +30,14 @@ def test_default_refuses_a_model_without_layers() -> None:
     """No layers, no bands: the refusal names the count."""
     with pytest.raises(ValueError, match="num_layers must be at least 1, got 0"):
         default_num_bands(0)
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "usable"), [(1, [1]), (6, [1, 2, 3, 6]), (7, [1, 2, 7]), (11, [1, 2, 3, 11])]
+)
+def test_usable_numbers_of_bands(num_layers: int, usable: list[int]) -> None:
+    """Usable are those whose longest band has less than 1.5 times the shortest's layers."""
+    assert usable_num_bands(num_layers) == usable
 
 
 def test_split_puts_the_longer_bands_first() -> None:

@@ -78,7 +78,7 @@ def test_unfold_pays_for_its_copies() -> None:
     assert sum(union) - 4 < sum(unfold) <= sum(union)
 
 
-@pytest.mark.parametrize(("num_layers", "num_bands"), [(32, None), (13, None), (13, 5), (6, 6)])
+@pytest.mark.parametrize(("num_layers", "num_bands"), [(32, None), (13, None), (13, 3), (6, 6)])
 def test_every_layer_is_in_the_band_that_lists_it(num_layers: int, num_bands: int | None) -> None:
     """band_of_layer inverts bands, and the bands cover the layers in order."""
     policy = _policy(num_layers=num_layers, num_bands=num_bands)
@@ -109,3 +109,9 @@ def test_policies_that_differ_do_not_share_plans() -> None:
     assert first != second
     assert first.plan(500)[0].tail_block == (500 - 16) // 16
     assert second.plan(500)[0].tail_block == (500 - 64) // 16
+
+
+def test_bands_too_uneven_for_one_group_each_are_refused() -> None:
+    """Bands that vLLM would cut into several groups are refused, with the counts that work."""
+    with pytest.raises(ValueError, match=r"num_bands=4: 6 layers .* 2 and 1.* one of 1, 2, 3, 6$"):
+        _policy(num_layers=6, num_bands=4)

@@ -17,7 +17,7 @@ class SpindleConfig(BaseModel):
     ``keep_ratio`` 1.0 (the default) switches everything off: the engine is stock.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     keep_ratio: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0,

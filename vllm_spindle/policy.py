@@ -38,11 +38,11 @@ class SpindlePolicy:
             )
         usable = usable_num_bands(self.num_layers)
         if num_bands is not None and num_bands not in usable:
+            shortest, longest = self.num_layers // num_bands, -(-self.num_layers // num_bands)
             raise ValueError(
-                f"spindle: num_bands={num_bands}: {self.num_layers} layers make bands of "
-                f"{-(-self.num_layers // num_bands)} and {self.num_layers // num_bands}, too uneven "
-                "for one KV-cache group each; leave num_bands out, or set it to one of "
-                + ", ".join(map(str, usable))
+                f"spindle: num_bands={num_bands}: {self.num_layers} layers make bands of {longest} "
+                f"and {shortest}, too uneven for one KV-cache group each; leave num_bands out, "
+                "or set it to one of " + ", ".join(map(str, usable))
             )
 
     @property

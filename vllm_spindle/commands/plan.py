@@ -1,0 +1,145 @@
+"""``vllm-spindle plan``: what a keep ratio keeps of one prompt, in tokens, blocks and bytes."""
+
+import argparse
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from vllm_spindle.commands.dials import add_dials, read_dials
+from vllm_spindle.commands.geometry import ModelGeometry, read_geometry
+from vllm_spindle.core.budget import BandPlan
+from vllm_spindle.policy import SpindlePolicy
+
+
+@dataclass(frozen=True)
+class BandRow:
+    """One band's share of one prompt. Bytes are of all the band's layers, true GQA cache.
+
+    Attributes:
+        first_layer, last_layer: the band's layers, both included.
+        region_tokens: context tokens kept by each layer, chosen by score.
+        window_tokens: last tokens of the prompt, always kept, natural order: the window, and
+            what shares its first block.
+        held_blocks, freed_blocks: of the band's KV-cache group.
+        held_bytes, full_bytes: whole blocks, the last one's empty places included.
+    """
+
+    first_layer: int
+    last_layer: int
+    region_tokens: int
+    window_tokens: int
+    held_blocks: int
+    freed_blocks: int
+    held_bytes: int
+    full_bytes: int
+
+
+def band_row(
+    layers: range, plan: BandPlan, policy: SpindlePolicy, geometry: ModelGeometry, prompt_len: int
+) -> BandRow:
+    """The figures of one band."""
+    block_bytes = policy.block_size * geometry.token_bytes * len(layers)
+    copies = policy.num_queries_per_kv if policy.config.gqa == "unfold" else 1
+    return BandRow(
+        first_layer=layers.start,
+        last_layer=layers.stop - 1,
+        # Nothing freed: the row is whole, and its region is simply the context.
+        region_tokens=plan.reduced_blocks * policy.block_size // (copies if plan.is_reduced else 1),
+        window_tokens=prompt_len - plan.tail_block * policy.block_size,
+        held_blocks=plan.held_blocks,
+        freed_blocks=plan.first_block,
+        held_bytes=plan.held_blocks * block_bytes,
+        full_bytes=plan.prompt_blocks * block_bytes,
+    )
+
+
+def make_report(policy: SpindlePolicy, geometry: ModelGeometry, prompt_len: int) -> dict[str, Any]:
+    """Everything that ``plan`` prints, ready for JSON.
+
+    ``allocated_bytes`` is what vLLM sets aside: it pads the groups of shorter bands to the
+    longest one's layers. ``true_ratio`` is that over the bytes of the prompt's tokens: it counts
+    every padding, and so can pass 1 where nothing is evicted.
+    """
+    plans = policy.plan(prompt_len)
+    rows = [
+        band_row(layers, plan, policy, geometry, prompt_len)
+        for layers, plan in zip(policy.bands, plans, strict=True)
+    ]
+    longest = max(len(layers) for layers in policy.bands)
+    padded_block_bytes = policy.block_size * geometry.token_bytes * longest
+    prompt_bytes = prompt_len * geometry.token_bytes * geometry.num_layers
+    allocated_bytes = sum(row.held_blocks for row in rows) * padded_block_bytes
+    return {
+        "geometry": asdict(geometry),
+        "config": policy.config.model_dump(),
+        "block_size": policy.block_size,
+        "prompt_len": prompt_len,
+        "bands": [asdict(row) for row in rows],
+        "held_blocks": sum(row.held_blocks for row in rows),
+        "freed_blocks": sum(row.freed_blocks for row in rows),
+        "held_bytes": sum(row.held_bytes for row in rows),
+        "allocated_bytes": allocated_bytes,
+        "full_bytes": sum(row.full_bytes for row in rows),
+        "prompt_bytes": prompt_bytes,
+        "asked_ratio": policy.config.keep_ratio,
+        "true_ratio": allocated_bytes / prompt_bytes,
+        "is_reduced": any(plan.is_reduced for plan in plans),
+        "notes": _notes(policy, plans, prompt_len),
+    }
+
+
+def _notes(policy: SpindlePolicy, plans: tuple[BandPlan, ...], prompt_len: int) -> list[str]:
+    config, notes = policy.config, []
+    if len({len(layers) for layers in policy.bands}) > 1:
+        sizes = ", ".join(str(len(layers)) for layers in policy.bands)
+        notes.append(
+            f"{policy.num_layers} layers do not divide into {len(policy.bands)} equal bands "
+            f"({sizes}): vLLM pads the shorter groups, and the budget is charged for it"
+        )
+    if not config.is_on:
+        notes.append("keep_ratio is 1.0: spindle is off and the cache is stock")
+    elif prompt_len < config.min_prompt_len:
+        notes.append(f"prompts under min_prompt_len={config.min_prompt_len} tokens are kept whole")
+    elif all(plan.tail_block == 0 for plan in plans):
+        notes.append(f"the window of {config.window} tokens reaches into the first block: all kept")
+    elif all(plan.reduced_blocks == 0 for plan in plans):
+        notes.append("the window alone fills the budget: no context token is kept")
+    return notes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """MODEL, the prompt, the block size and every dial."""
+    parser.add_argument("model", metavar="MODEL", help="folder or name; only config.json is read")
+    parser.add_argument("--prompt-len", type=int, required=True, metavar="P", help="prompt tokens")
+    parser.add_argument("--block-size", type=int, default=32, help="as for vllm serve (default 32)")
+    parser.add_argument("--dtype", help="of the cache; default: the model's")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON instead")
+    add_dials(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan.
+
+    Raises:
+        ValueError: for a bad option or model.
+    """
+    for flag, value in (("--prompt-len", args.prompt_len), ("--block-size", args.block_size)):
+        if value < 1:
+            raise ValueError(f"{flag}={value}: must be at least 1")
+    config = read_dials(args)
+    geometry = read_geometry(args.model, args.dtype)
+    if geometry.max_len is not None and args.prompt_len > geometry.max_len:
+        raise ValueError(
+            f"--prompt-len={args.prompt_len}: the model takes at most {geometry.max_len} tokens"
+        )
+    policy = SpindlePolicy(
+        config, geometry.num_layers, args.block_size, geometry.num_queries_per_kv
+    )
+    report = make_report(policy, geometry, args.prompt_len)
+    if args.json:
+        print(json.dumps(report, indent=2))
+    else:
+        from vllm_spindle.commands.plan_table import print_plan
+
+        print_plan(args.model, report)
+    return 0

@@ -1,0 +1,65 @@
+"""The plan as a table on the terminal."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_plan(model: str, report: dict[str, Any]) -> None:
+    """Print what ``plan.make_report`` found."""
+    geometry = report["geometry"]
+    console = Console()
+    console.print(
+        f"{model}: a prompt of {report['prompt_len']} tokens, keep_ratio "
+        f"{report['asked_ratio']:g}, blocks of {report['block_size']} tokens",
+        highlight=False,
+    )
+    table = Table(
+        caption="tokens: chosen by score + recent; bytes: true GQA cache, "
+        f"{geometry['num_layers']} layers x {geometry['num_kv_heads']} kv heads x "
+        f"{geometry['head_size']} x 2, {geometry['dtype']}",
+    )
+    for title in (
+        "layers",
+        "tokens kept\nby each layer",
+        "blocks\nheld",
+        "blocks\nfreed",
+        "KiB\nheld",
+        "KiB\nfull",
+        "held /\nfull",
+    ):
+        table.add_column(title, justify="right")
+    for row in report["bands"]:
+        table.add_row(
+            f"{row['first_layer']}-{row['last_layer']}",
+            f"{row['region_tokens']} + {row['window_tokens']}",
+            str(row["held_blocks"]),
+            str(row["freed_blocks"]),
+            _kib(row["held_bytes"]),
+            _kib(row["full_bytes"]),
+            f"{row['held_bytes'] / row['full_bytes']:.3f}",
+        )
+    table.add_section()
+    table.add_row(
+        "all",
+        "",
+        str(report["held_blocks"]),
+        str(report["freed_blocks"]),
+        _kib(report["allocated_bytes"]),
+        _kib(report["full_bytes"]),
+        f"{report['allocated_bytes'] / report['full_bytes']:.3f}",
+    )
+    console.print(table)
+    console.print(
+        f"asked for {report['asked_ratio']:g} of the prompt's {_kib(report['prompt_bytes'])} KiB, "
+        f"holds {_kib(report['allocated_bytes'])} KiB, every padding included: "
+        f"{report['true_ratio']:.3f}",
+        highlight=False,
+    )
+    for note in report["notes"]:
+        console.print("note: " + note, highlight=False)
+
+
+def _kib(num_bytes: int) -> str:
+    return f"{num_bytes / 1024:,.0f}"

@@ -1,0 +1,126 @@
+"""Off is stock: asked for nothing, spindle leaves vLLM token for token as it is."""
+
+from typing import Any
+
+import pytest
+
+from engine_child import in_child
+
+pytestmark = pytest.mark.engine
+
+NUM_PROMPTS = 32
+NUM_TOKENS = 12
+OFF = {
+    "not-asked": None,
+    "keep-ratio-1": {"keep_ratio": 1.0},
+    # On, but every request asks for all of its cache.
+    "requests-keep-all": {"keep_ratio": 0.25},
+}
+# Not asked for and 1.0 part ways before a rank starts, so one of them is run on two ranks.
+RUNS = [(name, ranks) for name in ("stock", *OFF) for ranks in ("tp1", "tp2")]
+RUNS.remove(("not-asked", "tp2"))
+TP2 = {
+    "env": {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_CPU_SIM_MULTI_NUMA": "0"},
+    "options": {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"},
+}
+CHUNKS = {"whole": 2048, "chunks-of-300": 300}
+
+
+def stock(model: str) -> dict[str, Any]:
+    """Every answer of a vLLM that never heard of spindle."""
+    import sys
+
+    found = answers(model, {"stock": None})
+    loaded = [name for name in sys.modules if name.startswith(("vllm_spindle", "vllm_spindle_"))]
+    return {"loaded": loaded, **found}
+
+
+def answers(model: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Tokens and log-probabilities by setting, tensor parallel size and chunking."""
+    import os
+
+    found: dict[str, Any] = {}
+    # Two ranks first: a one-rank engine binds this very process to its cores.
+    for ranks, options in (("tp2", TP2["options"]), ("tp1", {})):
+        if ranks == "tp2":
+            os.environ.update(TP2["env"])
+        else:
+            for name in TP2["env"]:
+                os.environ.pop(name)
+        for name, spindle in settings.items():
+            if (name, ranks) in RUNS:
+                found[f"{name}-{ranks}"] = _answer(model, spindle, options)
+    return found
+
+
+def _answer(model: str, spindle: dict[str, Any] | None, options: dict[str, Any]) -> dict[str, Any]:
+    import tiny
+    from engine_probe.engines import Ask, engine
+
+    prompts = tiny.prompts(NUM_PROMPTS, list(range(600, 1400, 53)), seed=2)
+    is_on = spindle is not None and spindle["keep_ratio"] < 1
+    with engine(model, spindle, **options) as running:
+        found: dict[str, Any] = {"classes": running.describe()}
+        for chunking, num_tokens in CHUNKS.items():
+            running.chunk(num_tokens)
+            for index, prompt in enumerate(prompts):
+                ask = Ask(
+                    prompt["prompt_token_ids"],
+                    NUM_TOKENS,
+                    keep_ratio=1.0 if is_on else None,
+                    fields={"logprobs": 3},
+                )
+                running.add(f"r{index}", ask)
+            finished = running.drain()
+            outputs = [finished[f"r{index}"].outputs[0] for index in range(NUM_PROMPTS)]
+            found[chunking] = {
+                "tokens": [list(output.token_ids) for output in outputs],
+                "logprobs": [[_by_token(step) for step in output.logprobs] for output in outputs],
+            }
+        found["idle_free"] = running.is_idle_and_free
+    return found
+
+
+def _by_token(step: dict[int, Any]) -> list[tuple[int, float]]:
+    return sorted((token, each.logprob) for token, each in step.items())
+
+
+@pytest.fixture(scope="module")
+def stock_answers(small_llama: str) -> dict[str, Any]:
+    return in_child(stock, env={"VLLM_PLUGINS": ""}, model=small_llama)
+
+
+@pytest.fixture(scope="module")
+def plugin_answers(small_llama: str) -> dict[str, Any]:
+    return in_child(answers, model=small_llama, settings=OFF)
+
+
+def test_stock_is_stock(stock_answers: dict[str, Any]) -> None:
+    """The yardstick ran without a line of ours, and its prompts are answered differently."""
+    assert stock_answers["loaded"] == []
+    tokens = stock_answers["stock-tp1"]["whole"]["tokens"]
+    assert len({tuple(each) for each in tokens}) == NUM_PROMPTS
+
+
+@pytest.mark.parametrize(("setting", "ranks"), [run for run in RUNS if run[0] != "stock"])
+@pytest.mark.parametrize("chunking", CHUNKS)
+def test_off_answers_as_stock(
+    stock_answers: dict, plugin_answers: dict, setting: str, ranks: str, chunking: str
+) -> None:
+    """32 of 32 long prompts: the same tokens, the same log-probabilities to the last bit."""
+    expected = stock_answers[f"stock-{ranks}"][chunking]
+    found = plugin_answers[f"{setting}-{ranks}"][chunking]
+    assert found["tokens"] == expected["tokens"]
+    assert found["logprobs"] == expected["logprobs"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "ranks"), [run for run in RUNS if run[0] in ("not-asked", "keep-ratio-1")]
+)
+def test_off_runs_stock_classes(
+    stock_answers: dict, plugin_answers: dict, setting: str, ranks: str
+) -> None:
+    """No extra KV-cache group, and worker, scheduler, spec and manager are vLLM's own."""
+    found = plugin_answers[f"{setting}-{ranks}"]["classes"]
+    assert found == stock_answers[f"stock-{ranks}"]["classes"]
+    assert found["specs"] == ["FullAttentionSpec"]

@@ -1,0 +1,141 @@
+"""Each patch is guarded: a vLLM that it does not fit is refused by name, twice is once."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.engine
+
+
+def _nothing(*args: Any) -> None:
+    """A callback that does nothing."""
+
+
+def _cases() -> dict[str, tuple[Any, str, Callable[[], None]]]:
+    """Per patch: the object it changes, the name on it, and how to apply it."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.layers.attention import attention
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    from vllm_spindle_patches import attention_layer, engine_config, request_admission
+
+    def layer() -> None:
+        attention_layer.apply(lambda layer, config, stock: stock, lambda stock: stock)
+
+    return {
+        "engine_config": (
+            EngineArgs,
+            "create_engine_config",
+            lambda: engine_config.apply(_nothing),
+        ),
+        "request_admission": (
+            InputProcessor,
+            "process_inputs",
+            lambda: request_admission.apply(_nothing),
+        ),
+        "attention_spec": (attention.Attention, "get_kv_cache_spec", layer),
+        "attention_backend": (attention, "get_attn_backend", layer),
+    }
+
+
+CASES = ["engine_config", "request_admission", "attention_spec", "attention_backend"]
+
+
+@pytest.fixture(autouse=True)
+def _restore() -> Any:
+    """vLLM and the patches' callbacks as they were."""
+    from vllm_spindle_patches import engine_config, request_admission
+
+    stock = {(owner, name): getattr(owner, name) for owner, name, _ in _cases().values()}
+    callbacks = [(m, list(m._callbacks)) for m in (engine_config, request_admission)]
+    yield
+    for (owner, name), value in stock.items():
+        setattr(owner, name, value)
+    for module, before in callbacks:
+        module._callbacks[:] = before
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_missing_symbol_is_named(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PatchMismatchError says which name this vLLM does not have."""
+    from vllm_spindle_patches.guard import PatchMismatchError
+
+    owner, name, apply = _cases()[case]
+    for each in getattr(owner, "__mro__", [owner]):  # A base may declare it too.
+        if name in vars(each):
+            monkeypatch.delattr(each, name)
+    with pytest.raises(PatchMismatchError, match=rf"no .*\.{name} "):
+        apply()
+
+
+@pytest.mark.parametrize(
+    ("case", "parameter"),
+    [
+        ("request_admission", "resumable"),
+        ("attention_spec", "vllm_config"),
+        ("attention_backend", "head_size"),
+    ],
+)
+def test_a_missing_parameter_is_named(
+    case: str, parameter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PatchMismatchError says which parameter is gone, and of what."""
+    from vllm_spindle_patches.guard import PatchMismatchError
+
+    owner, name, apply = _cases()[case]
+    monkeypatch.setattr(owner, name, lambda self: None)
+    with pytest.raises(PatchMismatchError, match=rf"\.{name} takes no parameter .*{parameter}"):
+        apply()
+    assert getattr(owner, name).__name__ == "<lambda>", "a refused patch must leave no wrapper"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_applied_twice_is_one_wrapper(case: str) -> None:
+    """The second call wraps nothing again: one step leads from the wrapper to vLLM's own."""
+    from vllm_spindle_patches.guard import is_applied
+
+    owner, name, apply = _cases()[case]
+    apply()
+    apply()
+    wrapper = getattr(owner, name)
+    assert is_applied(wrapper)
+    assert wrapper.__name__ == name
+    assert not is_applied(wrapper.__wrapped__)
+
+
+def test_statistics_travel_as_vllm_decodes_them() -> None:
+    """The added field is on both classes once, and survives the engine's own serialiser."""
+    import dataclasses
+
+    from vllm.v1.metrics.stats import SchedulerStats
+    from vllm.v1.outputs import ModelRunnerOutput
+    from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+    from vllm_spindle_patches import plugin_stats
+
+    plugin_stats.apply()
+    plugin_stats.apply()
+    for owner in (ModelRunnerOutput, SchedulerStats):
+        assert [f.name for f in dataclasses.fields(owner)].count("plugin_stats") == 1
+        assert owner.plugin_stats is None
+    stats = SchedulerStats()
+    stats.plugin_stats = {"spindle": {"seconds": 0.5, "held_blocks": [1, 2]}}
+    decoded = MsgpackDecoder(SchedulerStats).decode(MsgpackEncoder().encode(stats))
+    assert decoded.plugin_stats == stats.plugin_stats
+
+
+def test_a_closed_class_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Should vLLM make a statistics class slotted, the field cannot be added, and we say so."""
+    import dataclasses
+
+    from vllm_spindle_patches import plugin_stats
+    from vllm_spindle_patches.guard import PatchMismatchError
+
+    @dataclasses.dataclass(slots=True)
+    class SchedulerStats:
+        step: int = 0
+
+    monkeypatch.setattr(plugin_stats, "SchedulerStats", SchedulerStats)
+    with pytest.raises(PatchMismatchError, match="SchedulerStats is no open dataclass"):
+        plugin_stats.apply()

@@ -1,0 +1,105 @@
+"""Hold an engine against the plan at every step, from the scheduler's and the pool's own tables."""
+
+from typing import Any
+
+from engine_probe.engines import Engine
+from vllm_spindle.policy import SpindlePolicy
+
+MAX_REPORTED = 10
+
+
+class PlanWatch:
+    """Looks after each ``schedule`` and notes every row that is not as planned.
+
+    What a row should be is computed from the request's own parameters and the pure plan, not
+    from any table that the adapters keep.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.policy: SpindlePolicy = engine.managers[0].kv_cache_spec.policy
+        self.problems: list[str] = []
+        self.counts = {
+            "steps": 0,
+            "whole_rows": 0,
+            "reduced_rows": 0,
+            "preemptions": 0,
+            "resumed_chunks_at_prompt_end": 0,
+            "peak_running": 0,
+        }
+        self._schedule = engine.scheduler.schedule
+        engine.scheduler.schedule = self._scheduled
+
+    def report(self) -> dict[str, Any]:
+        """What was seen, as JSON; ``idle_free`` only holds once the engine is idle."""
+        return {
+            "problems": self.problems[:MAX_REPORTED],
+            "idle_free": self.engine.is_idle_and_free,
+            **self.counts,
+        }
+
+    def _scheduled(self, *args: Any, **kwargs: Any) -> Any:
+        output = self._schedule(*args, **kwargs)
+        self.counts["steps"] += 1
+        self.counts["preemptions"] += len(output.preempted_req_ids or ())
+        running = self.engine.scheduler.running
+        self.counts["peak_running"] = max(self.counts["peak_running"], len(running))
+        for request in running:
+            scheduled = output.num_scheduled_tokens.get(request.request_id, 0)
+            self._check_request(request, request.num_computed_tokens - scheduled, scheduled)
+        self._check_pool({request.request_id for request in running})
+        return output
+
+    def _check_request(self, request: Any, computed: int, scheduled: int) -> None:
+        prompt_len = request.num_prompt_tokens
+        if computed < prompt_len < computed + scheduled:
+            self._problem(request, f"a chunk of {scheduled} at {computed} crosses {prompt_len}")
+        if computed + scheduled == prompt_len and request.num_tokens > prompt_len:
+            self.counts["resumed_chunks_at_prompt_end"] += 1
+        own = (request.sampling_params.extra_args or {}).get("spindle_keep_ratio")
+        plans = self.policy.plan(prompt_len, own)
+        is_past = computed >= prompt_len
+        for manager in self.engine.managers:
+            plan = plans[manager.kv_cache_spec.band]
+            num_freed = plan.first_block if is_past else 0
+            num_rows = -(-(computed + scheduled) // manager.block_size)
+            expected = [True] * num_freed + [False] * (num_rows - num_freed)
+            blocks = manager.req_to_blocks[request.request_id]
+            found = [block.is_null for block in blocks]
+            if found != expected:
+                self._problem(
+                    request,
+                    f"band {plan}: {found.count(False)} of {len(found)} blocks held, expected "
+                    f"{expected.count(False)} of {len(expected)} (computed {computed})",
+                )
+            # Beyond the prompt's own blocks a row holds one for each block of generated tokens.
+            num_generated = max(0, num_rows - plan.prompt_blocks)
+            if is_past and found.count(False) - num_generated != plan.held_blocks:
+                self._problem(request, f"band {plan}: holds {found.count(False)} of the prompt")
+            self.counts["reduced_rows" if num_freed else "whole_rows"] += 1
+
+    def _check_pool(self, running: set[str]) -> None:
+        held = [
+            block.block_id
+            for manager in self.engine.managers
+            for blocks in manager.req_to_blocks.values()
+            for block in blocks
+            if not block.is_null
+        ]
+        for manager in self.engine.managers:
+            strangers = {key for key, row in manager.req_to_blocks.items() if row} - running
+            if strangers:
+                self.problems.append(f"rows of requests that are not running: {strangers}")
+        pool = self.engine.pool
+        if len(set(held)) != len(held):
+            self.problems.append("a block is held twice")
+        if any(pool.blocks[block_id].ref_cnt != 1 for block_id in held):
+            self.problems.append("a held block is not held once")
+        if pool.get_num_free_blocks() != pool.num_gpu_blocks - 1 - len(held):
+            self.problems.append(
+                f"{pool.get_num_free_blocks()} blocks free with {len(held)} held of "
+                f"{pool.num_gpu_blocks - 1}"
+            )
+
+    def _problem(self, request: Any, text: str) -> None:
+        self.problems.append(f"{request.request_id} (prompt {request.num_prompt_tokens}): {text}")

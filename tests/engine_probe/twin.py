@@ -1,0 +1,209 @@
+"""Capture what attention saw and put out, per request, and compare it with the torch twin.
+
+Queries, keys and values are taken as they enter the attention layer, row by row of the batch;
+the twin works on them alone and never reads the paged cache.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.model_executor.models.utils import extract_layer_index
+
+from vllm_spindle.core.choice import ChoiceRule, choose_kept
+from vllm_spindle.core.reference import attend_reduced
+from vllm_spindle.engine import reduction
+from vllm_spindle.engine.active import active_reduction
+from vllm_spindle.engine.backend import SpindleImplMixin
+from vllm_spindle.policy import SpindlePolicy
+
+NUM_PROMPT_ROWS = 3
+
+
+@dataclass
+class Rows:
+    """One request in one layer, by position: [T, H, D] or [T, K, D]."""
+
+    chunks: list[tuple[int, tuple[Tensor, ...]]] = field(default_factory=list)
+
+    def joined(self) -> tuple[Tensor, ...]:
+        """Queries, keys, values, outputs of all positions; a position computed again counts."""
+        num_tokens = max(first + len(tensors[0]) for first, tensors in self.chunks)
+        joined = []
+        for part in range(4):
+            like = self.chunks[0][1][part]
+            whole = torch.full((num_tokens, *like.shape[1:]), float("nan"), dtype=like.dtype)
+            for first, tensors in self.chunks:
+                whole[first : first + len(tensors[part])] = tensors[part]
+            joined.append(whole)
+        return tuple(joined)
+
+
+@dataclass
+class Captured:
+    """Everything seen while capturing. Keys are (external request id, layer index)."""
+
+    rows: dict[tuple[str, int], Rows] = field(default_factory=lambda: defaultdict(Rows))
+    kept: dict[tuple[str, int], list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    mixed_steps: int = 0
+
+
+def external(request_id: str) -> str:
+    """The caller's id of a request; vLLM appends a dash and eight random characters."""
+    return request_id.rpartition("-")[0]
+
+
+@contextmanager
+def capture() -> Iterator[Captured]:
+    """Record attention and choices of every step inside the block."""
+    seen = Captured()
+    stock_forward = SpindleImplMixin.forward
+    stock_reduce = reduction.Reducer._reduce_layer
+    stock_choose = reduction.choose_kept
+    reducing: list[tuple[str, int]] = []
+
+    def forward(
+        self: Any, layer: Any, query: Tensor, key: Tensor, value: Tensor, *a: Any, **kw: Any
+    ) -> Tensor:
+        output = stock_forward(self, layer, query, key, value, *a, **kw)
+        step = active_reduction()
+        if step is not None:
+            layer_idx = extract_layer_index(layer.layer_name)
+            batch = step._batch()
+            token = 0
+            for request_id, computed, scheduled in zip(
+                batch.request_ids, batch.num_computed, batch.num_scheduled, strict=True
+            ):
+                part = slice(token, token + scheduled)
+                tensors = tuple(t[part].clone() for t in (query, key, value, output))
+                seen.rows[external(request_id), layer_idx].chunks.append((int(computed), tensors))
+                token += scheduled
+            past = batch.num_computed >= batch.prompt_lens
+            seen.mixed_steps += bool(layer_idx == 0 and past.any() and not past.all())
+        return output
+
+    def reduce_layer(self: Any, layer: Any, end: Any, *a: Any) -> None:
+        reducing[:] = [(external(end.request_id), layer.layer_idx)]
+        stock_reduce(self, layer, end, *a)
+
+    def choose(*a: Any, **kw: Any) -> Tensor:
+        kept = stock_choose(*a, **kw)
+        seen.kept[reducing[0]].append(kept)
+        return kept
+
+    SpindleImplMixin.forward = forward
+    reduction.Reducer._reduce_layer = reduce_layer
+    reduction.choose_kept = choose
+    try:
+        yield seen
+    finally:
+        SpindleImplMixin.forward = stock_forward
+        reduction.Reducer._reduce_layer = stock_reduce
+        reduction.choose_kept = stock_choose
+
+
+@dataclass
+class Agreement:
+    """The worst of all layers of all requests; relative errors of the 2-norm.
+
+    Attributes:
+        error: decode outputs against the twin over the kept tokens.
+        error_to_full: the same outputs against full attention; large, or nothing was evicted.
+        prompt_error: the prompt's last outputs against full attention.
+        kept_differ: layers whose kept positions are not those of the core.
+        rows: decode outputs compared.
+    """
+
+    error: float = 0.0
+    error_to_full: float = 0.0
+    prompt_error: float = 0.0
+    kept_differ: int = 0
+    kept_layers: int = 0
+    rows: int = 0
+
+
+def compare(
+    seen: Captured, policy: SpindlePolicy, asks: dict[str, tuple[int, float | None]]
+) -> Agreement:
+    """Hold the captured requests against the twin.
+
+    Args:
+        seen: the capture.
+        policy: the engine's.
+        asks: per external request id, its prompt length and its own keep ratio.
+    """
+    result = Agreement()
+    for (request_id, layer_idx), rows in seen.rows.items():
+        prompt_len, keep_ratio = asks[request_id]
+        plan = policy.plan(prompt_len, keep_ratio)[policy.band_of_layer(layer_idx)]
+        layer = TwinLayer(*rows.joined(), num_context=plan.tail_block * policy.block_size)
+        kept = layer.everything
+        if plan.is_reduced:
+            kept = layer.core_choice(policy, prompt_len, plan.reduced_blocks)
+            found = seen.kept[request_id, layer_idx]
+            result.kept_layers += 1
+            result.kept_differ += not found or any(not torch.equal(kept, each) for each in found)
+        first_row = max(0, prompt_len - NUM_PROMPT_ROWS)
+        prompt_error = layer.error(layer.everything, first_row, prompt_len)
+        result.prompt_error = max(result.prompt_error, prompt_error)
+        end = len(layer.queries)
+        if end > prompt_len:
+            result.rows += end - prompt_len
+            result.error = max(result.error, layer.error(kept, prompt_len, end))
+            to_full = layer.error(layer.everything, prompt_len, end)
+            result.error_to_full = max(result.error_to_full, to_full)
+    return result
+
+
+@dataclass
+class TwinLayer:
+    """One request in one layer: rotated queries [T, H, D], keys and values [T, K, D]."""
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    outputs: Tensor
+    num_context: int
+
+    @property
+    def everything(self) -> Tensor:
+        """All context positions, for every kv head."""
+        return torch.arange(self.num_context).expand(self.keys.shape[1], -1)
+
+    @property
+    def scale(self) -> float:
+        """The softmax scale of the tiny models."""
+        return self.queries.shape[-1] ** -0.5
+
+    def core_choice(self, policy: SpindlePolicy, prompt_len: int, reduced_blocks: int) -> Tensor:
+        """What the pure-torch core keeps."""
+        config = policy.config
+        copies = policy.num_queries_per_kv if config.gqa == "unfold" else 1
+        window = self.queries[prompt_len - config.window : prompt_len]
+        num_kv_heads, head_size = self.keys.shape[1:]
+        return choose_kept(
+            ChoiceRule(config.score, config.pool_kernel, config.gqa),
+            window.view(config.window, num_kv_heads, -1, head_size).permute(1, 2, 0, 3),
+            self.keys[:prompt_len].transpose(0, 1),
+            scale=self.scale,
+            num_context=self.num_context,
+            num_kept=reduced_blocks * policy.block_size // copies,
+        )
+
+    def error(self, kept: Tensor, first: int, stop: int) -> float:
+        """Relative error of outputs ``[first, stop)`` against the twin; inf for a NaN."""
+        twin = attend_reduced(
+            self.queries[first:stop],
+            self.keys[:stop],
+            self.values[:stop],
+            kept,
+            num_context=self.num_context,
+            scale=self.scale,
+        )
+        error = ((twin - self.outputs[first:stop].float()).norm() / twin.norm()).item()
+        return math.inf if math.isnan(error) else error

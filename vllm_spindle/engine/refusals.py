@@ -100,12 +100,14 @@ def _model(vllm_config: VllmConfig) -> Iterator[Refusal]:
         yield Refusal("model", model.model, "MLA stores latent vectors, not keys and values")
     if model.is_hybrid or model.is_attention_free:
         yield Refusal("model", model.model, "Mamba and hybrid models keep another kind of state")
-    if _has_sliding_window(model, text):
+    elif _has_sliding_window(model, text):
         yield Refusal("model", model.model, "sliding-window layers already drop old tokens")
     if model.attention_chunk_size is not None:
         yield Refusal("model", model.model, "chunked-local attention already drops old tokens")
     if model.rswa_window is not None:
-        yield Refusal("model", model.model, "reference sliding-window attention frees blocks itself")
+        yield Refusal(
+            "model", model.model, "reference sliding-window attention frees blocks itself"
+        )
     if model.is_mm_prefix_lm:
         yield Refusal("model", model.model, "bidirectional prefixes are not causal")
     if getattr(text, "num_kv_shared_layers", 0):
@@ -114,7 +116,8 @@ def _model(vllm_config: VllmConfig) -> Iterator[Refusal]:
 
 def _has_sliding_window(model: Any, text: Any) -> bool:
     layer_types = getattr(text, "layer_types", None) or ()
-    if any(kind != "full_attention" for kind in layer_types):
+    # vLLM takes both words for the same kind (``ModelConfig.is_hybrid``).
+    if any(kind not in ("attention", "full_attention") for kind in layer_types):
         return True
     return not layer_types and model.get_sliding_window() is not None
 
@@ -158,7 +161,7 @@ def _cache(vllm_config: VllmConfig) -> Iterator[Refusal]:
             "offloaded blocks would miss the reduction",
             "remove it",
         )
-    if vllm_config.kv_transfer_config is not None:
+    elif vllm_config.kv_transfer_config is not None:
         yield Refusal(
             "--kv-transfer-config",
             vllm_config.kv_transfer_config.kv_connector,
@@ -169,7 +172,8 @@ def _cache(vllm_config: VllmConfig) -> Iterator[Refusal]:
 
 def _scheduling(vllm_config: VllmConfig) -> Iterator[Refusal]:
     scheduler = vllm_config.scheduler_config
-    if scheduler.disable_hybrid_kv_cache_manager:
+    # vLLM sets it itself where there is a connector, which is refused already.
+    if scheduler.disable_hybrid_kv_cache_manager and vllm_config.kv_transfer_config is None:
         yield Refusal(
             "--disable-hybrid-kv-cache-manager",
             True,

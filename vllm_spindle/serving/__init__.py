@@ -1,0 +1,1 @@
+"""Real ``vllm serve`` processes, started, asked and measured over HTTP. Imports no vLLM."""

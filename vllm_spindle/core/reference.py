@@ -1,11 +1,16 @@
 """Attention over a reduced cache, slow and obvious: the oracle of every kernel and of the engine.
 
 Shapes: K kv heads, G query heads per kv head, H = K * G query heads, Q queries, P prompt tokens,
-N kept context tokens, D head size.
+N kept context tokens, T tokens whose keys are given, D head size.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from vllm_spindle.core.codebook import Codebook, reconstruct
+from vllm_spindle.core.rotary import rotate_keys
 
 
 def attend_reduced(
@@ -50,4 +55,54 @@ def attend_reduced(
             seen[position + 1 :] = False
             logits = keys[seen, kv_head].float() @ queries[row, head].float() * scale
             outputs[row, head] = torch.softmax(logits, dim=0) @ values[seen, kv_head].float()
+    return outputs
+
+
+def attend_codebook(
+    queries: Tensor,
+    key_codebooks: Sequence[Codebook],
+    value_codebooks: Sequence[Codebook],
+    positions: Tensor,
+    tail_keys: Tensor,
+    tail_values: Tensor,
+    cos_sin: Tensor,
+    *,
+    scale: float,
+) -> Tensor:
+    """Outputs of queries over merged context tokens and the dense tokens after them.
+
+    Every query sees all merged tokens, and the tail up to its own position. Each reconstructed
+    key is rotated at its token's own position.
+
+    Args:
+        queries: rotated queries of the last Q tokens of the tail. [Q, H, D].
+        key_codebooks: of un-rotated keys; their codes, one table after the other, are the merged
+            tokens head by head, as ``cover_heads`` gives them.
+        value_codebooks: the same for values; their scope may differ.
+        positions: of the merged tokens, [K, N] shared by a group's query heads, or [K, G, N].
+        tail_keys: rotated keys of the dense tokens. [T, K, D].
+        tail_values: [T, K, D].
+        cos_sin: see ``rotate_keys``. [P, D].
+        scale: softmax scale.
+
+    Returns:
+        [Q, H, D], float32.
+    """
+    num_queries, num_heads, head_size = queries.shape
+    num_tail, num_kv_heads, _ = tail_keys.shape
+    group = num_heads // num_kv_heads
+    shape = (*positions.shape, head_size)
+    merged_keys = torch.cat([reconstruct(codebook) for codebook in key_codebooks]).view(shape)
+    merged_values = torch.cat([reconstruct(codebook) for codebook in value_codebooks]).view(shape)
+    merged_keys = rotate_keys(merged_keys, positions, cos_sin)
+    outputs = torch.empty(queries.shape, dtype=torch.float32)
+    for head in range(num_heads):
+        kv_head = head // group
+        own = (kv_head,) if positions.dim() == 2 else (kv_head, head % group)
+        for row in range(num_queries):
+            seen = num_tail - num_queries + row + 1
+            keys = torch.cat([merged_keys[own], tail_keys[:seen, kv_head].float()])
+            values = torch.cat([merged_values[own], tail_values[:seen, kv_head].float()])
+            weights = torch.softmax(keys @ queries[row, head].float() * scale, dim=0)
+            outputs[row, head] = weights @ values
     return outputs

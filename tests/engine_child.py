@@ -41,6 +41,7 @@ def in_child(
         scenario: a module-level function of a file that can be imported without vLLM.
         env: environment variables on top of ``ENVIRONMENT``.
     """
+    python_path = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         command = [sys.executable, __file__, inspect.getfile(scenario), scenario.__name__]
@@ -51,7 +52,7 @@ def in_child(
             stderr=subprocess.STDOUT,
             text=True,
             cwd=folder,
-            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(TESTS), **(env or {})},
+            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": python_path, **(env or {})},
         )
         try:
             output, _ = child.communicate(json.dumps(kwargs), timeout=TIMEOUT_SECONDS)

@@ -153,6 +153,7 @@ def test_plan_is_held_under_aborts(runs: dict[str, Any], gqa: str) -> None:
     run = runs[f"aborts-{gqa}"]
     assert run["problems"] == []
     assert run["idle_free"]
+    assert run["left_over"] == []
     assert run["reduced_rows"] > 500
     assert min(run["aborted"].values()) >= 3
 
@@ -163,6 +164,7 @@ def test_plan_is_held_under_preemption(runs: dict[str, Any]) -> None:
     assert run["preempted"] >= 3
     assert run["watch"]["problems"] == []
     assert run["watch"]["idle_free"]
+    assert run["watch"]["left_over"] == []
     assert run["watch"]["resumed_chunks_at_prompt_end"] >= 3
 
 
@@ -184,4 +186,5 @@ def test_a_thousand_requests_leak_nothing(runs: dict[str, Any]) -> None:
     assert run["shorter_than_window"] > 100
     assert run["problems"] == []
     assert run["idle_free"]
+    assert run["left_over"] == []
     assert run["reduced_rows"] > 500

@@ -30,13 +30,30 @@ class PlanWatch:
         self._schedule = engine.scheduler.schedule
         engine.scheduler.schedule = self._scheduled
 
+    def __enter__(self) -> "PlanWatch":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.engine.scheduler.schedule = self._schedule
+
     def report(self) -> dict[str, Any]:
-        """What was seen, as JSON; ``idle_free`` only holds once the engine is idle."""
+        """What was seen, as JSON; ``idle_free`` and ``left_over`` are for an idle engine."""
         return {
             "problems": self.problems[:MAX_REPORTED],
             "idle_free": self.engine.is_idle_and_free,
+            "left_over": self._left_over(),
             **self.counts,
         }
+
+    def _left_over(self) -> list[str]:
+        """Requests that the adapters' own tables still know."""
+        scheduler = self.engine.scheduler
+        known = [*scheduler._keep_ratios, *scheduler._reduced]
+        worker = getattr(self.engine.core.model_executor, "driver_worker", None)
+        reduction = getattr(getattr(worker, "worker", None), "_reduction", None)
+        if reduction is not None:  # In another process with tensor parallel.
+            known += [*reduction.reducer._plans, *reduction.stash.holders()]
+        return known
 
     def _scheduled(self, *args: Any, **kwargs: Any) -> Any:
         output = self._schedule(*args, **kwargs)

@@ -54,7 +54,7 @@ def exact_ratio(
         batch = questions[start : start + batch_size]
         texts = generate(model, tokenizer, [question.prompt for question in batch])
         num_exact += sum(map(needle.is_exact, texts, batch))
-        print(f"\r{start + len(batch)}/{len(questions)} questions", end="", flush=True)
+        print(f"\r{num_exact} of {start + len(batch)} exact", end="", flush=True)
     print("\r", end="")
     return num_exact / len(questions)
 

@@ -13,6 +13,7 @@ Notable:
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import time
 from dataclasses import dataclass
@@ -26,24 +27,58 @@ from transformers import LlamaForCausalLM
 
 from vllm_spindle.evaluation import needle
 
-NUM_STEPS = 2000
 NUM_BATCH_TOKENS = 2560
-PEAK_LEARNING_RATE = 1.4e-3
-FINAL_LEARNING_RATE = 3e-5
 NUM_WARMUP_STEPS = 40
-DECAY_FROM = 0.6  # of all steps: constant before, cosine to the final rate after
 FILLER_LOSS_WEIGHT = 0.2
 MAX_POSITION = 2400  # positions reached through gaps
 SHARE_A_WORD = 0.6  # of the statements: key shares a word with an earlier key
 
-# (until this share of all steps, lengths to draw from). Later lengths are rarer: they cost more.
-CURRICULUM = (
-    (0.04, (64,)),
-    (0.10, (64, 128, 128)),
-    (0.25, (128, 256, 256, 512)),
-    (0.50, (128, 256, 512, 512, 1024)),
-    (1.00, (256, 512, 1024, 1024, 2048)),
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of the optimizer.
+
+    Attributes:
+        peak_learning_rate, final_learning_rate: of AdamW.
+        decay_from: share of the steps after which the rate falls, by a cosine.
+        curriculum: (until this share of the steps, sequence lengths in tokens to draw from).
+        crowd_ratio: of the keys that share a word with an earlier key, how many share it with one
+            of the sequence's first ``NUM_CROWDED`` keys.
+    """
+
+    num_steps: int
+    peak_learning_rate: float
+    final_learning_rate: float
+    decay_from: float
+    curriculum: tuple[tuple[float, tuple[int, ...]], ...]
+    crowd_ratio: float = 0.0
+
+
+LEARN = Stage(
+    num_steps=2000,
+    peak_learning_rate=1.4e-3,
+    final_learning_rate=3e-5,
+    decay_from=0.6,
+    curriculum=(
+        (0.04, (64,)),
+        (0.10, (64, 128, 128)),
+        (0.25, (128, 256, 256, 512)),
+        (0.50, (128, 256, 512, 512, 1024)),
+        (1.00, (256, 512, 1024, 1024, 2048)),
+    ),
 )
+# After LEARN one question in eighty at 2,048 tokens was answered with a word of a distractor that
+# shares a key word with the asked needle: there, six distractors crowd around each needle, and
+# LEARN rarely shows more than two. So the same again with crowds.
+CROWD = Stage(
+    num_steps=260,
+    peak_learning_rate=6e-4,
+    final_learning_rate=1e-5,
+    decay_from=0.2,
+    curriculum=((1.00, (256, 512, 1024, 2048)),),
+    crowd_ratio=0.7,
+)
+NUM_CROWDED = 6
 
 TOKEN_IDS = {token: i for i, token in enumerate(needle.VOCAB)}
 
@@ -63,9 +98,12 @@ class Batch:
     is_answer: Tensor
 
 
-def make_sequence(rng: random.Random, num_tokens: int) -> tuple[list[str], list[int], list[bool]]:
+def make_sequence(
+    rng: random.Random, num_tokens: int, crowd_ratio: float
+) -> tuple[list[str], list[int], list[bool]]:
     """Tokens, indices of sentence starts, and which tokens are answers; ``num_tokens`` each."""
     used: set[needle.Key] = set()
+    crowded: list[needle.Key] = []
     asked_later: list[tuple[needle.Key, list[int]]] = []
     tokens, starts, is_answer = [needle.BOS], [], [False]
     statement_ratio = rng.uniform(0.1, 0.5)
@@ -80,10 +118,15 @@ def make_sequence(rng: random.Random, num_tokens: int) -> tuple[list[str], list[
             sentence = sentence + answer
         elif rng.random() < statement_ratio:
             if used and rng.random() < SHARE_A_WORD:
-                other = rng.choice(asked_later)[0] if asked_later else next(iter(used))
+                if crowd_ratio and rng.random() < crowd_ratio:
+                    other = rng.choice(crowded)
+                else:
+                    other = rng.choice(asked_later)[0] if asked_later else crowded[0]
                 key = needle.sharing_key(rng, "train", other, rng.randrange(2), used)
             else:
                 key = needle.fresh_key(rng, "train", used)
+            if len(crowded) < NUM_CROWDED:
+                crowded.append(key)
             value = needle.random_words(rng, needle.NUM_VALUE_WORDS)
             asked_later.append((key, value))
             sentence, answered = needle.statement(key, value), 0
@@ -109,11 +152,11 @@ def gapped_positions(rng: random.Random, num_tokens: int, starts: list[int]) -> 
     return positions
 
 
-def make_batch(rng: random.Random, num_tokens: int) -> Batch:
+def make_batch(rng: random.Random, num_tokens: int, crowd_ratio: float) -> Batch:
     """About ``NUM_BATCH_TOKENS`` tokens in sequences of ``num_tokens``."""
     ids, positions, is_answer = [], [], []
     for _ in range(max(1, NUM_BATCH_TOKENS // num_tokens)):
-        tokens, starts, answers = make_sequence(rng, num_tokens)
+        tokens, starts, answers = make_sequence(rng, num_tokens, crowd_ratio)
         ids.append([TOKEN_IDS[token] for token in tokens])
         positions.append(gapped_positions(rng, num_tokens, starts))
         is_answer.append(answers)
@@ -138,50 +181,57 @@ def losses(model: LlamaForCausalLM, batch: Batch) -> tuple[Tensor, Tensor, float
     return loss[is_answer].mean(), loss[~is_answer].mean(), right
 
 
-def learning_rate(step: int, num_steps: int) -> float:
+def learning_rate(stage: Stage, step: int) -> float:
     """Linear warm-up, constant, cosine decay."""
+    peak, final = stage.peak_learning_rate, stage.final_learning_rate
     if step < NUM_WARMUP_STEPS:
-        return PEAK_LEARNING_RATE * (step + 1) / NUM_WARMUP_STEPS
-    progress = max(0.0, (step / num_steps - DECAY_FROM) / (1 - DECAY_FROM))
-    cosine = 0.5 + 0.5 * torch.cos(torch.tensor(torch.pi * progress)).item()
-    return FINAL_LEARNING_RATE + (PEAK_LEARNING_RATE - FINAL_LEARNING_RATE) * cosine
+        return peak * (step + 1) / NUM_WARMUP_STEPS
+    progress = max(0.0, (step / stage.num_steps - stage.decay_from) / (1 - stage.decay_from))
+    return final + (peak - final) * (0.5 + 0.5 * math.cos(math.pi * progress))
 
 
-def draw_length(rng: random.Random, step: int, num_steps: int) -> int:
+def draw_length(rng: random.Random, stage: Stage, step: int) -> int:
     """Tokens per sequence at this step of the curriculum."""
-    for until, lengths in CURRICULUM:
-        if step < until * num_steps:
-            return rng.choice(lengths)
-    return rng.choice(CURRICULUM[-1][1])
+    reached = (lengths for until, lengths in stage.curriculum if step < until * stage.num_steps)
+    return rng.choice(next(reached))
 
 
-def train(num_steps: int, seed: int) -> LlamaForCausalLM:
-    """The trained model, float32. Prints progress."""
+def run_stage(model: LlamaForCausalLM, stage: Stage, seed: int) -> None:
+    """Train ``model`` in place, float32 weights and bfloat16 products. Prints progress."""
     rng = random.Random(seed)
-    model = structured_model(seed)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
     started = time.monotonic()
-    recent: dict[int, float] = {}  # tokens per sequence -> latest share of answer tokens right
-    for step in range(num_steps):
-        num_tokens = draw_length(rng, step, num_steps)
-        answer_loss, filler_loss, right = losses(model, make_batch(rng, num_tokens))
+    recent: dict[int, float] = {}  # tokens per sequence -> share of answer tokens right, smoothed
+    for step in range(stage.num_steps):
+        num_tokens = draw_length(rng, stage, step)
+        batch = make_batch(rng, num_tokens, stage.crowd_ratio)
+        answer_loss, filler_loss, right = losses(model, batch)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, num_steps)
+            group["lr"] = learning_rate(stage, step)
         optimizer.zero_grad(set_to_none=True)
         (answer_loss + FILLER_LOSS_WEIGHT * filler_loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         recent[num_tokens] = 0.8 * recent.get(num_tokens, right) + 0.2 * right
-        if step % 20 == 0 or step == num_steps - 1:
+        if step % 20 == 0 or step == stage.num_steps - 1:
             elapsed = time.monotonic() - started
-            left = elapsed / (step + 1) * (num_steps - step - 1)
+            left = elapsed / (step + 1) * (stage.num_steps - step - 1)
             shares = " ".join(f"{n}:{100 * share:.1f}" for n, share in sorted(recent.items()))
             print(
-                f"step {step}/{num_steps} answer {answer_loss.item():.3f} "
+                f"step {step}/{stage.num_steps} answer {answer_loss.item():.3f} "
                 f"filler {filler_loss.item():.3f} right% {shares} "
                 f"{elapsed / 60:.1f} min, about {left / 60:.0f} left at this speed",
                 flush=True,
             )
+
+
+def train(seed: int) -> LlamaForCausalLM:
+    """The trained model."""
+    model = structured_model(seed)
+    run_stage(model, LEARN, seed)
+    # The shipped weights went through a bfloat16 file here; the recipe does what was done.
+    model = model.to(torch.bfloat16).float()
+    run_stage(model, CROWD, seed + 1)
     return model
 
 
@@ -196,11 +246,10 @@ def save(model: LlamaForCausalLM, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for weights and tokenizer")
-    parser.add_argument("--num-steps", type=int, default=NUM_STEPS)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)  # more threads gain little at this size, and results repeat exactly
-    save(train(args.num_steps, args.seed), args.out)
+    save(train(args.seed), args.out)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The needle questions: what makes an exact-match number on them worth something."""
 
+import random
+import runpy
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,23 @@ def test_held_out_keys_are_never_training_keys():
             seen[split] |= keys
     assert not seen["train"] & seen["heldout"]
     assert min(map(len, seen.values())) > 1000
+
+
+def test_training_sequences_ask_for_training_keys_only(monkeypatch):
+    """The recipe's own sequences hold no held-out key, asked or stated, crowded or not."""
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(str(SHIPPED))
+    recipe = runpy.run_path(str(SHIPPED / "train.py"))
+    rng = random.Random(7)
+    for crowd_ratio in (0.0, 0.7):
+        tokens, starts, is_answer = recipe["make_sequence"](rng, 2048, crowd_ratio)
+        assert len(tokens) == len(is_answer) == 2048
+        sentences = [tokens[a:b] for a, b in zip(starts, [*starts[1:], 2048], strict=True)]
+        stated = {tuple(s[:2]) for s in sentences if s[2:3] == [needle.IS]}
+        asked = {tuple(s[1:3]) for s in sentences if s[0] == needle.ASK and len(s) > 3}
+        assert len(asked) > 10
+        assert asked <= stated
+        assert {needle.split_of(words_of_key(key)) for key in stated} == {"train"}
 
 
 def test_the_split_is_frozen():

@@ -30,6 +30,7 @@ def cosine(a: Sequence[float], b: Sequence[float]) -> float:
 def cover(vectors: Tensor, threshold: float, capacity: int | None, window: int) -> Cover:
     """Window by window: match with what is there, then Algorithm 1 as it was meant.
 
+    Twice: with an even share of the capacity, then whoever is left with all of it.
     A vector is always similar to itself. No zero vectors.
     """
     rows = vectors.double().tolist()
@@ -45,14 +46,11 @@ def cover(vectors: Tensor, threshold: float, capacity: int | None, window: int) 
         if codes[vector] is None and near:
             codes[vector] = max(near, key=lambda code: similarity[vector][members[code]])
 
-    for start in range(0, len(rows), window):
-        stop = min(start + window, len(rows))
-        for vector in range(start, stop):
+    def add(part: list[int], limit: int) -> None:
+        for vector in part:
             match(vector, threshold)
-        # An even share of the capacity, up to the end of this window.
-        limit = len(rows) if capacity is None else math.ceil(capacity * stop / len(rows))
         while len(members) < limit:
-            left = [v for v in range(start, stop) if codes[v] is None]
+            left = [v for v in part if codes[v] is None]
             if not left:
                 break
             neighbours = {v: [w for w in left if similarity[v][w] > threshold] for v in left}
@@ -60,8 +58,15 @@ def cover(vectors: Tensor, threshold: float, capacity: int | None, window: int) 
             for vector in neighbours[best]:
                 codes[vector] = len(members)
             members.append(best)
-    for vector in range(len(rows)):
-        match(vector, threshold)
+
+    total = len(rows) if capacity is None else capacity
+    for start in range(0, len(rows), window):
+        stop = min(start + window, len(rows))
+        # An even share of the capacity, up to the end of this window.
+        add(list(range(start, stop)), math.ceil(total * stop / len(rows)))
+    open_ = [v for v in range(len(rows)) if codes[v] is None]
+    for start in range(0, len(open_), window):
+        add(open_[start : start + window], total)
     num_overflow = codes.count(None)
     for vector in range(len(rows)):
         match(vector, -2.0)

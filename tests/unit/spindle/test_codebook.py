@@ -162,6 +162,14 @@ def test_what_a_window_leaves_goes_to_the_next() -> None:
     assert codebook.entries.argmax(dim=-1).tolist() == [0, 1, 2, 3]
 
 
+def test_what_later_windows_leave_goes_back() -> None:
+    """A first window cut short by its share is served at the end with what is left."""
+    vectors = torch.cat([torch.eye(4), torch.eye(4)[:1].repeat(4, 1)])
+    codebook = windowed_cover(vectors, 0.5, 4, 4)
+    assert codebook.entries.argmax(dim=-1).tolist() == [0, 1, 2, 3]
+    assert codebook.num_overflow == 0
+
+
 @pytest.mark.parametrize("scope", ["head", "kv-group", "layer"])
 def test_scope_says_who_shares(scope: str) -> None:
     """Two kv heads with two copies each, of directions that all heads have in common."""

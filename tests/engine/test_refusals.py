@@ -118,6 +118,35 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
     ),
 }
 
+# What this vLLM or this machine will not configure, set on a finished configuration:
+# (object of it, attribute, value): the message.
+FORCED: dict[str, tuple[str, str, Any, list[str]]] = {
+    "prefill-context-parallel": (
+        "parallel_config",
+        "prefill_context_parallel_size",
+        2,
+        ["--prefill-context-parallel-size=2", "on one rank", "at 1"],
+    ),
+    "dual-batch": ("parallel_config", "enable_dbo", True, ["--enable-dbo=True", "leave it off"]),
+    "runner-v2": (
+        "",
+        "use_v2_model_runner",
+        True,
+        ["VLLM_USE_V2_MODEL_RUNNER=1", "V1 only", "unset VLLM_USE_V2_MODEL_RUNNER"],
+    ),
+    "encoder-decoder": ("model_config", "is_encoder_decoder", True, ["model=", "second cache"]),
+    "prefix-lm": ("model_config", "is_mm_prefix_lm", True, ["model=", "not causal"]),
+    "rswa": ("model_config", "rswa_window", 64, ["model=", "frees blocks itself"]),
+}
+
+# What only a layer knows: arguments of vLLM's ``Attention``; the message.
+LAYERS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "alibi": ({"alibi_slopes": [0.5] * 4}, ["ALiBi", "layers.1.attn", "by distance"]),
+    "soft-cap": ({"logits_soft_cap": 30.0}, ["logit soft-cap", "layers.1.attn"]),
+    "window": ({"per_layer_sliding_window": 64}, ["sliding window", "layers.1.attn"]),
+    "plain": ({}, []),
+}
+
 # spindle's own value: the message.
 OPTIONS: dict[str, tuple[Any, list[str]]] = {
     "out-of-range": ({"keep_ratio": 1.5}, ["keep_ratio=1.5", "less than or equal to 1"]),
@@ -191,7 +220,50 @@ def configure(model: str, folder: str) -> dict[str, Any]:
     found["on-yaml"] = try_config("on-yaml", str(yaml), no_caching, stock_config)
     found["off"] = try_config("off", {"keep_ratio": 1.0}, {}, stock_config)
     found["not-asked"] = try_config("not-asked", None, {}, stock_config)
+    made = EngineArgs(model, skip_tokenizer_init=True, block_size=32).create_engine_config()
+    return {**found, **_forced(made), **_layers(made), "async": _asynchronous(made)}
+
+
+def _forced(made: Any) -> dict[str, Any]:
+    from unittest.mock import PropertyMock, patch
+
+    from vllm_spindle.config import SpindleConfig
+    from vllm_spindle.engine.refusals import config_refusals
+
+    found = {}
+    for name, (owner_name, attribute, value, _) in FORCED.items():
+        owner = type(getattr(made, owner_name) if owner_name else made)
+        with patch.object(owner, attribute, PropertyMock(return_value=value), create=True):
+            refusals = config_refusals(made, SpindleConfig(**ON))
+        found[f"forced-{name}"] = [str(refusal) for refusal in refusals]
     return found
+
+
+def _layers(made: Any) -> dict[str, Any]:
+    import torch
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.attention import Attention
+
+    from vllm_spindle.engine.refusals import layer_refusals
+
+    torch.set_default_dtype(torch.bfloat16)
+    found = {}
+    for name, (options, _) in LAYERS.items():
+        with set_current_vllm_config(made):
+            prefix = f"{name}.layers.1.attn"
+            layer = Attention(4, 32, 32**-0.5, num_kv_heads=2, prefix=prefix, **options)
+        found[f"layer-{name}"] = [str(refusal) for refusal in layer_refusals(layer)]
+    return found
+
+
+def _asynchronous(made: Any) -> str:
+    """The scheduler that goes with asynchronous scheduling, which the CPU platform turns off."""
+    from vllm_spindle.engine.startup import prepare
+
+    made.additional_config["spindle"] = dict(ON)
+    made.scheduler_config.async_scheduling = True
+    assert prepare(made)
+    return made.scheduler_config.scheduler_cls
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +296,22 @@ def test_a_model_kind_is_refused(found: dict[str, Any], case: str) -> None:
     assert len(refused["message"].splitlines()) == 1
     parts = ["spindle does not support model=", case, MODELS[case][1], "without spindle"]
     _assert_says(refused["message"], parts)
+
+
+@pytest.mark.parametrize("case", FORCED)
+def test_what_other_machines_allow_is_refused(found: dict[str, Any], case: str) -> None:
+    """The same, for flags and models that vLLM configures only elsewhere."""
+    (message,) = found[f"forced-{case}"]
+    _assert_says(message, ["spindle does not support", *FORCED[case][-1]])
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_a_layer_is_refused(found: dict[str, Any], case: str) -> None:
+    """A real attention layer names itself and what it does; a plain one is fine."""
+    messages, parts = found[f"layer-{case}"], LAYERS[case][1]
+    assert len(messages) == bool(parts)
+    for message in messages:
+        _assert_says(message, ["spindle does not support model=", *parts])
 
 
 @pytest.mark.parametrize("case", OPTIONS)
@@ -272,6 +360,7 @@ def test_on_brings_worker_and_scheduler(found: dict[str, Any]) -> None:
     """Spindle's own classes, chosen through vLLM's own selectors."""
     assert found["on"]["worker"] == "vllm_spindle.processes.worker_cpu.SpindleCPUWorker"
     assert found["on"]["scheduler"] == "vllm_spindle.processes.scheduler.SpindleScheduler"
+    assert found["async"] == "vllm_spindle.processes.scheduler.SpindleAsyncScheduler"
 
 
 def test_off_leaves_the_configuration_alone(found: dict[str, Any]) -> None:

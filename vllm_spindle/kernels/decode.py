@@ -1,0 +1,120 @@
+"""Decode attention over codebook regions and dense tails: torch tensors in, compiled kernel.
+
+Shapes: B rows, Q query tokens of all rows, K kv heads, G query heads per kv head, n tokens per
+block, D head size, P rows of the rotary table, W columns of the block table.
+"""
+
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from vllm_spindle.kernels.numba_decode import LOG2_E, attend_parallel, attend_serial
+
+MAX_LANES = 8  # query heads of one pass: their sums must stay in registers
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRows:
+    """The rows of one decode step, as int32 arrays.
+
+    Attributes:
+        block_table: block ids; region and tail of a row are runs of its columns. [B, W].
+        starts: first column of the region and of the tail. [B, 2].
+        shapes: key entries, value entries and tokens of the region; 0 tokens for none. [B, 3].
+        tail_lens: dense tokens, the query tokens included: they are the last of them. [B].
+        query_start: first query token of each row, and their number. [B + 1].
+    """
+
+    block_table: np.ndarray
+    starts: np.ndarray
+    shapes: np.ndarray
+    tail_lens: np.ndarray
+    query_start: np.ndarray
+
+    @classmethod
+    def of(cls, block_table, starts, shapes, tail_lens, query_start) -> "DecodeRows":
+        """From anything that NumPy takes, CPU tensors included."""
+        arrays = (block_table, starts, shapes, tail_lens, query_start)
+        return cls(*(np.ascontiguousarray(array, dtype=np.int32) for array in arrays))
+
+
+class RegionDecoder:
+    """The kernel with what does not change from step to step."""
+
+    def __init__(
+        self,
+        cos_sin: Tensor,
+        scale: float,
+        key_index: Tensor | None = None,
+        value_index: Tensor | None = None,
+        num_threads: int = 1,
+    ) -> None:
+        """Prepare; nothing is compiled before the first call.
+
+        Args:
+            cos_sin: the model's rotary table, cosines then sines. [P, D].
+            scale: softmax scale.
+            key_index: offset of each (token, dim) of the keys in a block's chunk [n, D], where
+                blocks are not packed as ``keys [D, n], values [n, D]`` (vLLM's ``vec``).
+            value_index: the same for the values.
+            num_threads: 1 for the calling thread alone.
+
+        Raises:
+            ValueError: if the head size is not a multiple of 16.
+        """
+        head_size = cos_sin.shape[1]
+        if head_size % 16:
+            raise ValueError(f"head_size must be a multiple of 16, got {head_size}")
+        self._dims = (0,) * (head_size // 16)
+        self._cos_sin = cos_sin.float().contiguous().numpy().reshape(-1)
+        self._scale = np.float32(scale) * LOG2_E
+        none = np.empty((0, 0), np.int32)
+        self._key_index = none if key_index is None else key_index.to(torch.int32).numpy()
+        self._value_index = none if value_index is None else value_index.to(torch.int32).numpy()
+        self._num_threads = num_threads
+
+    def __call__(self, query: Tensor, output: Tensor, kv_cache: Tensor, rows: DecodeRows) -> None:
+        """Attend; the outputs go to ``output``.
+
+        Args:
+            query: rotated queries. [Q, K * G, D], bf16.
+            output: [Q, K * G, D], bf16.
+            kv_cache: [blocks, K, n, 2 * D], bf16, contiguous, n a multiple of 16.
+            rows: the step.
+        """
+        arguments = (
+            self._dims,
+            (0,) * num_lanes(query.shape[1] // kv_cache.shape[1]),
+            _bits(query),
+            _bits(output),
+            _bits(kv_cache).reshape(*kv_cache.shape[:2], -1),
+            self._cos_sin,
+            rows.block_table,
+            rows.starts,
+            rows.shapes,
+            rows.tail_lens,
+            rows.query_start,
+            self._key_index,
+            self._value_index,
+            self._scale,
+        )
+        if self._num_threads == 1:
+            attend_serial(*arguments)
+        else:
+            numba.set_num_threads(min(self._num_threads, numba.config.NUMBA_NUM_THREADS))
+            attend_parallel(*arguments)
+
+
+def num_lanes(group: int) -> int:
+    """Query heads of one pass, so that G heads take few passes with few idle lanes: 12 -> 6."""
+    passes = -(-group // MAX_LANES)
+    return -(-group // passes)
+
+
+def _bits(tensor: Tensor) -> np.ndarray:
+    if tensor.dtype != torch.bfloat16 or not tensor.is_contiguous():
+        raise ValueError(f"a contiguous bfloat16 tensor is needed, got {tensor.dtype}")
+    return tensor.view(torch.uint16).numpy()

@@ -1,0 +1,101 @@
+"""Short vectors of float32 in LLVM: what numba's intrinsics are written with.
+
+``Values`` are numbers of the code that is being emitted; offsets are uint64, counted in elements.
+"""
+
+from collections.abc import Sequence
+
+from llvmlite import ir
+
+Value = ir.Value
+FLOAT, INT32, INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+
+
+def vector_of(width: int) -> ir.VectorType:
+    """Type of ``width`` float32."""
+    return ir.VectorType(FLOAT, width)
+
+
+class Vectors:
+    """Emits vector instructions through one builder."""
+
+    def __init__(self, context, builder) -> None:
+        self._context = context
+        self.builder = builder
+
+    def data(self, kind, array: Value) -> Value:
+        """Pointer to a numba array's first element; take it once, each time costs code."""
+        return self._context.make_array(kind)(self._context, self.builder, array).data
+
+    def at(self, data: Value, offset: Value, plus: int = 0) -> Value:
+        """Pointer to element ``offset + plus``."""
+        return self.builder.gep(data, [self.builder.add(offset, INT64(plus))])
+
+    def load(self, pointer: Value, width: int) -> Value:
+        """``width`` float32."""
+        pointer = self.builder.bitcast(pointer, vector_of(width).as_pointer())
+        return self.builder.load(pointer, align=4)
+
+    def store(self, vector: Value, pointer: Value) -> None:
+        """As many float32 as the vector has."""
+        pointer = self.builder.bitcast(pointer, vector.type.as_pointer())
+        self.builder.store(vector, pointer, align=4)
+
+    def load_bf16(self, pointer: Value, width: int) -> Value:
+        """``width`` bf16 as float32: a bf16 is the upper half of a float32."""
+        short, wide = ir.VectorType(ir.IntType(16), width), ir.VectorType(INT32, width)
+        bits = self.builder.load(self.builder.bitcast(pointer, short.as_pointer()), align=2)
+        shift = ir.Constant(wide, [16] * width)
+        shifted = self.builder.shl(self.builder.zext(bits, wide), shift)
+        return self.builder.bitcast(shifted, vector_of(width))
+
+    # LLVM may fuse a product and a sum where the machine can. Not "fast", which forbids NaN: lanes
+    # of tokens that do not exist may hold any bits, and are thrown away.
+    def mul(self, left: Value, right: Value) -> Value:
+        """left * right."""
+        return self.builder.fmul(left, right, flags=("contract",))
+
+    def add(self, left: Value, right: Value) -> Value:
+        """left + right."""
+        return self.builder.fadd(left, right, flags=("contract",))
+
+    def sub(self, left: Value, right: Value) -> Value:
+        """left - right."""
+        return self.builder.fsub(left, right, flags=("contract",))
+
+    def splat(self, number: Value, width: int) -> Value:
+        """The number in every lane."""
+        one = ir.Constant(ir.VectorType(number.type, 1), ir.Undefined)
+        one = self.builder.insert_element(one, number, INT32(0))
+        return self.shuffle(one, one, [0] * width)
+
+    def shuffle(self, left: Value, right: Value, lanes: Sequence[int]) -> Value:
+        """Lanes of both vectors, numbered through."""
+        mask = ir.Constant(ir.VectorType(INT32, len(lanes)), list(lanes))
+        return self.builder.shuffle_vector(left, right, mask)
+
+    def lane_sums(self, vectors: Sequence[Value]) -> list[Value]:
+        """Sum over the lanes of each vector, four vectors at a time: a transpose while adding."""
+        zero = ir.Constant(vectors[0].type, [0.0] * vectors[0].type.count)
+        scalars = []
+        for start in range(0, len(vectors), 4):
+            four = vectors[start : start + 4]
+            a, b, c, d = (self._fold(each) for each in [*four, *[zero] * (4 - len(four))])
+            left, right = self._add_pairs(a, b), self._add_pairs(c, d)
+            sums = self.add(
+                self.shuffle(left, right, (0, 1, 4, 5)), self.shuffle(left, right, (2, 3, 6, 7))
+            )
+            scalars += [self.builder.extract_element(sums, INT32(i)) for i in range(len(four))]
+        return scalars
+
+    def _add_pairs(self, a: Value, b: Value) -> Value:
+        """[a0 + a1, b0 + b1, a2 + a3, b2 + b3]."""
+        return self.add(self.shuffle(a, b, (0, 4, 2, 6)), self.shuffle(a, b, (1, 5, 3, 7)))
+
+    def _fold(self, vector: Value) -> Value:
+        """Add halves onto each other until four lanes are left."""
+        while vector.type.count > 4:
+            half = vector.type.count // 2
+            low = self.shuffle(vector, vector, range(half))
+            vector = self.add(low, self.shuffle(vector, vector, range(half, 2 * half)))
+        return vector

@@ -5,10 +5,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from typing_extensions import Self
 
 KEEP_RATIO_KEY = "spindle_keep_ratio"
 """Per-request override, in ``vllm_xargs`` (HTTP) or ``SamplingParams.extra_args``."""
+
+
+MethodName = Literal["evict", "merge", "both"]
 
 
 class SpindleConfig(BaseModel):
@@ -23,6 +34,26 @@ class SpindleConfig(BaseModel):
         1.0,
         description="share of each prompt's KV bytes kept over all layers, counted against the "
         "model's true GQA cache, whole blocks, padding included",
+    )
+    method: MethodName = Field(
+        "evict",
+        description="what a band does with its context: evict tokens; merge them all in a "
+        "codebook; or both: evict, then merge what is left",
+    )
+    band_methods: Annotated[tuple[MethodName, ...], Field(strict=False)] | None = Field(
+        None, description="a method per band, shallow to deep, in place of 'method'"
+    )
+    merge_factor: Annotated[float, Field(ge=1, le=64)] = Field(
+        2.0, description="under 'both': tokens merged into the space of one"
+    )
+    key_share: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.5, description="share of a codebook's entries that goes to keys, the rest to values"
+    )
+    theta_key: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.98, description="cosine above which a key may share an entry"
+    )
+    theta_value: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.95, description="cosine above which a value may share an entry"
     )
     window: Annotated[int, Field(ge=1, le=1024)] = Field(
         32, description="last prompt tokens: their queries score the context, and they are kept"
@@ -60,6 +91,25 @@ class SpindleConfig(BaseModel):
         if value % 2 == 0:
             raise ValueError("must be odd, so that the pool is centred on its token")
         return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.merges and self.gqa == "unfold":
+            raise ValueError(
+                "gqa='unfold' keeps copies, which a codebook stores once anyway: use 'union' or "
+                "'mean' with method 'merge' or 'both'"
+            )
+        if self.band_methods is not None and self.num_bands not in (None, len(self.band_methods)):
+            raise ValueError(
+                f"band_methods names {len(self.band_methods)} bands, num_bands={self.num_bands}"
+            )
+        return self
+
+    @property
+    def merges(self) -> bool:
+        """Whether any band has a codebook."""
+        methods = (self.method,) if self.band_methods is None else self.band_methods
+        return any(method != "evict" for method in methods)
 
     @property
     def is_on(self) -> bool:
@@ -128,4 +178,6 @@ def _explain(source: str, error: Any) -> str:
         hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(known)}"
         return f"{source}: unknown key {name!r}; {hint}"
     message = error["msg"].removeprefix("Value error, ")
+    if not name:
+        return f"{source}: {message}"
     return f"{source}: {name}={error['input']!r}: {message}"

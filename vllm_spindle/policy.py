@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
-from vllm_spindle.config import SpindleConfig
+from vllm_spindle.config import MethodName, SpindleConfig
 from vllm_spindle.core.bands import default_num_bands, split_layers, usable_num_bands
 from vllm_spindle.core.budget import BandPlan, plan_prompt
 
@@ -30,7 +30,7 @@ class SpindlePolicy:
     num_queries_per_kv: int
 
     def __post_init__(self) -> None:
-        num_bands = self.config.num_bands
+        num_bands = _num_bands(self.config)
         if num_bands is not None and num_bands > self.num_layers:
             raise ValueError(
                 f"spindle: num_bands={num_bands}: the model has only {self.num_layers} layers; "
@@ -48,11 +48,16 @@ class SpindlePolicy:
     @property
     def bands(self) -> tuple[range, ...]:
         """Layers of each band, shallow to deep."""
-        return _bands(self.num_layers, self.config.num_bands)
+        return _bands(self.num_layers, _num_bands(self.config))
 
     def band_of_layer(self, layer_idx: int) -> int:
         """The band of a decoder layer."""
         return next(i for i, band in enumerate(self.bands) if layer_idx in band)
+
+    def method_of_band(self, band: int) -> MethodName:
+        """What a band does with its context."""
+        methods = self.config.band_methods
+        return self.config.method if methods is None else methods[band]
 
     def plan(self, prompt_len: int, keep_ratio: float | None = None) -> tuple[BandPlan, ...]:
         """The plan of one prompt, one entry per band.
@@ -64,6 +69,10 @@ class SpindlePolicy:
         if keep_ratio is None:
             keep_ratio = self.config.keep_ratio
         return _plan(self, prompt_len, keep_ratio)
+
+
+def _num_bands(config: SpindleConfig) -> int | None:
+    return config.num_bands if config.band_methods is None else len(config.band_methods)
 
 
 @lru_cache(maxsize=64)

@@ -14,8 +14,8 @@ MODES = {
     for gqa in ("union", "mean", "unfold")
     for score in ("pooled", "paper")
 }
-# Bands of 2, 2, 1 and 1 layers, and a window that is no whole block.
-MODES["uneven-bands"] = {"num_bands": 4, "budget": "uniform", "window": 48}
+# A band for every layer, and a window that is no whole block.
+MODES["layer-bands"] = {"num_bands": 6, "budget": "uniform", "window": 48}
 # Off the block grid, on it, one over; and one too short to be reduced.
 PROMPT_LENS = [1500, 1024, 801, 300, 95]
 LONGEST = PROMPT_LENS[0]

@@ -16,8 +16,8 @@ from torch import Tensor
 from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_spindle.core.choice import ChoiceRule, choose_kept
-from vllm_spindle.core.reference import attend_reduced
-from vllm_spindle.engine import reduction
+from vllm_spindle.core.reference import attend_codebook, attend_reduced
+from vllm_spindle.engine import reduction, regions
 from vllm_spindle.engine.active import active_reduction
 from vllm_spindle.engine.backend import SpindleImplMixin
 from vllm_spindle.policy import SpindlePolicy
@@ -50,6 +50,8 @@ class Captured:
 
     rows: dict[tuple[str, int], Rows] = field(default_factory=lambda: defaultdict(Rows))
     kept: dict[tuple[str, int], list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    codebooks: dict[tuple[str, int], list[Any]] = field(default_factory=lambda: defaultdict(list))
+    cos_sin: Tensor | None = None
     mixed_steps: int = 0
 
 
@@ -63,8 +65,9 @@ def capture() -> Iterator[Captured]:
     """Record attention and choices of every step inside the block."""
     seen = Captured()
     stock_forward = SpindleImplMixin.forward
-    stock_reduce = reduction.Reducer._reduce_layer
-    stock_choose = reduction.choose_kept
+    stock_read = reduction.Reducer._read_prompt
+    stock_choose = regions.choose_kept
+    stock_pack = regions.pack_region
     reducing: list[tuple[str, int]] = []
 
     def forward(
@@ -87,24 +90,31 @@ def capture() -> Iterator[Captured]:
             seen.mixed_steps += bool(layer_idx == 0 and past.any() and not past.all())
         return output
 
-    def reduce_layer(self: Any, layer: Any, end: Any, *a: Any) -> None:
+    def read_prompt(self: Any, layer: Any, end: Any, *a: Any) -> Any:
         reducing[:] = [(external(end.request_id), layer.layer_idx)]
-        stock_reduce(self, layer, end, *a)
+        seen.cos_sin = layer.cos_sin
+        return stock_read(self, layer, end, *a)
 
     def choose(*a: Any, **kw: Any) -> Tensor:
         kept = stock_choose(*a, **kw)
         seen.kept[reducing[0]].append(kept)
         return kept
 
+    def pack(kv_cache: Any, region: Any, shape: Any, *books: Any) -> None:
+        seen.codebooks[reducing[0]].append(books)
+        stock_pack(kv_cache, region, shape, *books)
+
     SpindleImplMixin.forward = forward
-    reduction.Reducer._reduce_layer = reduce_layer
-    reduction.choose_kept = choose
+    reduction.Reducer._read_prompt = read_prompt
+    regions.choose_kept = choose
+    regions.pack_region = pack
     try:
         yield seen
     finally:
         SpindleImplMixin.forward = stock_forward
-        reduction.Reducer._reduce_layer = stock_reduce
-        reduction.choose_kept = stock_choose
+        reduction.Reducer._read_prompt = stock_read
+        regions.choose_kept = stock_choose
+        regions.pack_region = stock_pack
 
 
 @dataclass
@@ -117,6 +127,8 @@ class Agreement:
         prompt_error: the prompt's last outputs against full attention.
         kept_differ: layers whose kept positions are not those of the core.
         rows: decode outputs compared.
+        merged_rows: decode outputs of layers with codebooks.
+        merged_error: those against attention over the codebooks in float32.
     """
 
     error: float = 0.0
@@ -125,6 +137,8 @@ class Agreement:
     kept_differ: int = 0
     kept_layers: int = 0
     rows: int = 0
+    merged_rows: int = 0
+    merged_error: float = 0.0
 
 
 def compare(
@@ -143,6 +157,13 @@ def compare(
         plan = policy.plan(prompt_len, keep_ratio)[policy.band_of_layer(layer_idx)]
         layer = TwinLayer(*rows.joined(), num_context=plan.tail_block * policy.block_size)
         kept = layer.everything
+        codebooks = seen.codebooks.get((request_id, layer_idx))
+        if codebooks:
+            end = len(layer.queries)
+            result.merged_rows += end - prompt_len
+            error = layer.codebook_error(codebooks[-1], seen.cos_sin, prompt_len)
+            result.merged_error = max(result.merged_error, error)
+            continue
         if plan.is_reduced:
             kept = layer.core_choice(policy, prompt_len, plan.reduced_blocks)
             found = seen.kept[request_id, layer_idx]
@@ -194,6 +215,22 @@ class TwinLayer:
             num_context=self.num_context,
             num_kept=reduced_blocks * policy.block_size // copies,
         )
+
+    def codebook_error(self, codebooks: Any, cos_sin: Tensor, prompt_len: int) -> float:
+        """Relative error of the decode outputs against the oracle over the layer's codebooks."""
+        key_books, value_books, positions = codebooks
+        twin = attend_codebook(
+            self.queries[prompt_len:],
+            key_books,
+            value_books,
+            positions,
+            self.keys[self.num_context :],
+            self.values[self.num_context :],
+            cos_sin,
+            scale=self.scale,
+        )
+        found = self.outputs[prompt_len:].float()
+        return float((twin - found).norm() / twin.norm())
 
     def error(self, kept: Tensor, first: int, stop: int) -> float:
         """Relative error of outputs ``[first, stop)`` against the twin; inf for a NaN."""

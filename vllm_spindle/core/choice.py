@@ -52,8 +52,9 @@ def choose_kept(
         int64: [K, N], with ``unfold`` [K, G, N].
     """
     if rule.score == "random":
+        num_kv_heads, group = queries.shape[:2]
         scores = random_importance(
-            *queries.shape[:2], num_context, seed=rule.seed, device=queries.device
+            num_kv_heads, group, num_context, seed=rule.seed, device=queries.device
         )
     else:
         attention = window_attention(queries, keys, scale)

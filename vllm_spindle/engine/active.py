@@ -7,10 +7,13 @@ batches) there is none, and the backend behaves as stock.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from vllm_spindle.engine.step import Step
 from vllm_spindle.engine.window import WindowStash
+
+if TYPE_CHECKING:
+    from vllm_spindle.kernels.decode import RegionDecoder
 
 
 class ActiveReduction(Protocol):
@@ -23,6 +26,9 @@ class ActiveReduction(Protocol):
     @property
     def stash(self) -> WindowStash:
         """Where the window's queries go."""
+
+    def decoder(self, layer_idx: int) -> "RegionDecoder":
+        """The compiled kernel that reads a layer's codebooks."""
 
 
 _active: ActiveReduction | None = None

@@ -8,17 +8,19 @@ aside; everything else, kernels included, stays stock.
 import copy
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
 
 from vllm_spindle.engine.active import active_reduction
 from vllm_spindle.engine.spec import SpindleSpec
-from vllm_spindle.engine.step import BandRows
+from vllm_spindle.engine.step import BandRows, CodebookRows
+
+if TYPE_CHECKING:
+    from vllm_spindle.kernels.decode import DecodeRows, RegionDecoder
 
 
 class ShiftedTable:
@@ -36,9 +38,7 @@ class ShiftedTable:
         self._rows: BandRows | None = None
         self._source = self._skipped_tokens = torch.empty(0)
 
-    def shift(
-        self, common: CommonAttentionMetadata, rows: BandRows
-    ) -> CommonAttentionMetadata:
+    def shift(self, common: CommonAttentionMetadata, rows: BandRows) -> CommonAttentionMetadata:
         """The step's metadata with every reduced row starting at its held blocks."""
         table, lengths = common.block_table_tensor, common.seq_lens
         if rows is not self._rows:
@@ -78,6 +78,46 @@ class UnfoldMetadata:
     num_actual_tokens: int
 
 
+@dataclass(frozen=True)
+class CodebookMetadata:
+    """A band with codebooks: the compiled kernel's rows, and the stock kernel's if it has any.
+
+    Attributes:
+        stock: metadata of the whole batch, reduced rows with their tail alone; None if every row
+            is reduced. What the stock kernel writes for reduced rows is overwritten.
+        rows: the reduced rows.
+        tokens: their query tokens; None for all of them. int64.
+    """
+
+    stock: Any
+    rows: "DecodeRows"
+    tokens: Tensor | None
+    num_actual_tokens: int
+
+
+def codebook_rows(
+    common: CommonAttentionMetadata, codebooks: CodebookRows, block_size: int
+) -> tuple["DecodeRows", Tensor | None]:
+    """The kernel's view of the reduced rows, and their query tokens (None for all)."""
+    # Not before vLLM has started: its kernel registration trips over numba's modules.
+    from vllm_spindle.kernels.decode import DecodeRows
+
+    rows, table, lengths = codebooks.rows, common.block_table_tensor, common.seq_lens
+    starts = common.query_start_loc_cpu
+    if len(rows) == common.num_reqs:
+        tokens, query_start = None, starts
+    else:
+        table, lengths = table[rows], lengths[rows]
+        counts = starts[rows + 1] - starts[rows]
+        query_start = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        tokens = torch.cat(
+            [torch.arange(int(starts[row]), int(starts[row + 1])) for row in rows.tolist()]
+        )
+    tail_lens = lengths - codebooks.starts[:, 1] * block_size
+    decode_rows = DecodeRows.of(table, codebooks.starts, codebooks.shapes, tail_lens, query_start)
+    return decode_rows, tokens
+
+
 class SpindleBuilderMixin:
     """Builds the stock metadata from shifted tables."""
 
@@ -104,6 +144,17 @@ class SpindleBuilderMixin:
         if rows is None:
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
         shifted = [table.shift(common_attn_metadata, rows) for table in self._tables]
+        codebooks = reduction.step.codebooks[self._band]
+        if codebooks is not None:
+            decode_rows, tokens = codebook_rows(
+                common_attn_metadata, codebooks, self.kv_cache_spec.block_size
+            )
+            stock = None
+            if tokens is not None:
+                stock = super().build(common_prefix_len, shifted[0], fast_build)
+            return CodebookMetadata(
+                stock, decode_rows, tokens, common_attn_metadata.num_actual_tokens
+            )
         if not self._is_unfold:
             return super().build(common_prefix_len, shifted[0], fast_build)
         # One query head per kv head at a time, each over the copy that it chose.
@@ -136,6 +187,13 @@ class SpindleImplMixin:
             window = reduction.step.window
             layer_idx = extract_layer_index(layer.layer_name)
             reduction.stash.record(layer_idx, query, window.source, window.target)
+        if isinstance(attn_metadata, CodebookMetadata):
+            if attn_metadata.stock is not None:
+                super().forward(
+                    layer, query, key, value, kv_cache, attn_metadata.stock, output, *args, **kwargs
+                )
+            decoder = reduction.decoder(extract_layer_index(layer.layer_name))
+            return _attend_codebooks(decoder, query, kv_cache, attn_metadata, output)
         if not isinstance(attn_metadata, UnfoldMetadata):
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
@@ -149,6 +207,23 @@ class SpindleImplMixin:
             )
             output[:, head::group] = head_output
         return output
+
+
+def _attend_codebooks(
+    decoder: "RegionDecoder",
+    query: Tensor,
+    kv_cache: Tensor,
+    metadata: CodebookMetadata,
+    output: Tensor,
+) -> Tensor:
+    tokens, num_tokens = metadata.tokens, metadata.num_actual_tokens
+    if tokens is None:
+        decoder(query[:num_tokens].contiguous(), output[:num_tokens], kv_cache, metadata.rows)
+        return output
+    row_output = torch.empty(len(tokens), *output.shape[1:], dtype=output.dtype)
+    decoder(query.index_select(0, tokens), row_output, kv_cache, metadata.rows)
+    output.index_copy_(0, tokens, row_output)
+    return output
 
 
 @lru_cache(maxsize=16)

@@ -39,9 +39,7 @@ class CacheLayout:
     @classmethod
     def of(cls, key_index: Tensor, value_index: Tensor) -> "CacheLayout":
         """The layout that these offsets describe."""
-        return cls(
-            key_index, value_index, _affine_strides(key_index), _affine_strides(value_index)
-        )
+        return cls(key_index, value_index, _affine_strides(key_index), _affine_strides(value_index))
 
     def read(self, kv_cache: Tensor, block_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the given blocks, in token order.

@@ -3,7 +3,6 @@
 from typing import Any
 
 from prometheus_client import Counter, Gauge
-
 from vllm.config import VllmConfig
 from vllm.v1.metrics.loggers import StatLoggerBase
 
@@ -41,10 +40,10 @@ class SpindleStatLogger(StatLoggerBase):
         metrics["reductions"].labels(*self._labels).inc(stats["reductions"])
         metrics["seconds"].labels(*self._labels).inc(stats["seconds"])
         for name in BAND_COUNTERS:
-            for band, count in enumerate(stats[name]):
+            for band, count in enumerate(stats["bands"].get(name, ())):
                 metrics[name].labels(*self._labels, str(band)).inc(count)
         for band, (held, prompt) in enumerate(
-            zip(stats["held_blocks"], stats["prompt_blocks"], strict=True)
+            zip(stats["bands"]["held_blocks"], stats["bands"]["prompt_blocks"], strict=True)
         ):
             self._update_ratio(band, held, prompt)
 
@@ -72,6 +71,12 @@ BAND_COUNTERS = {
     "tokens_evicted": "prompt tokens evicted from each layer of a band, per kv head",
     "prompt_blocks": "KV-cache blocks that prompts filled in prefill, by band",
     "held_blocks": "KV-cache blocks that prompts hold after their reduction, by band",
+    "tokens_merged": "prompt tokens kept as codes in each layer of a band, per kv head",
+    "codebook_vectors": "keys and values given a code, over heads and layers, by band",
+    "codebook_entries": "codebook entries used, over heads and layers, by band",
+    "codebook_capacity": "codebook entries that there was room for, by band",
+    "codebook_overflow": "keys and values with no entry above the threshold, by band",
+    "codebook_similarity_sum": "cosines of keys and values to their entries, summed, by band",
 }
 
 

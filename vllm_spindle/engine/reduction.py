@@ -9,35 +9,36 @@ Shapes: K kv heads, G query heads per kv head, T prompt tokens, D head size.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vllm_spindle.core.budget import BandPlan
-from vllm_spindle.core.choice import ChoiceRule, choose_kept
-from vllm_spindle.core.eviction import gather_kept
+from vllm_spindle.core.choice import ChoiceRule
 from vllm_spindle.engine.cache_layout import CacheLayout, probe_layout
-from vllm_spindle.engine.step import BandRows, BatchView, PromptEnd, Step, WindowRows
+from vllm_spindle.engine.regions import (
+    CodebookRegion,
+    CodebookStats,
+    DenseRegion,
+    LayerPrompt,
+    ReducedLayer,
+    Region,
+    make_region,
+)
+from vllm_spindle.engine.step import (
+    BandRows,
+    BatchView,
+    CodebookRows,
+    PromptEnd,
+    Step,
+    WindowRows,
+)
 from vllm_spindle.engine.window import WindowStash
 from vllm_spindle.policy import SpindlePolicy
 
-
-@dataclass(frozen=True)
-class ReducedLayer:
-    """One attention layer of a band, as the reduction needs it.
-
-    Attributes:
-        layer_idx: depth in the model.
-        kv_cache: the layer's cache. [B, K, N, 2 * D].
-        scale: softmax scale.
-        write: vLLM's own cache write for this layer.
-    """
-
-    layer_idx: int
-    kv_cache: Tensor
-    scale: float
-    write: Callable[[Tensor, Tensor, Tensor, Tensor], None]
+CODEBOOK_COUNTS = tuple(each.name for each in fields(CodebookStats))
 
 
 @dataclass
@@ -47,17 +48,7 @@ class ReductionStats:
     seconds: float = 0.0
     num_reductions: int = 0
     tokens_evicted: list[int] = field(default_factory=list)
-
-    def take(self) -> dict[str, float | int | list[int]]:
-        """The numbers, which start again from zero."""
-        taken = {
-            "seconds": self.seconds,
-            "reductions": self.num_reductions,
-            "tokens_evicted": self.tokens_evicted,
-        }
-        self.seconds, self.num_reductions = 0.0, 0
-        self.tokens_evicted = [0] * len(self.tokens_evicted)
-        return taken
+    tokens_merged: list[int] = field(default_factory=list)
 
 
 class Reducer:
@@ -70,13 +61,53 @@ class Reducer:
         self.policy = policy
         self.bands = bands
         self.stash = stash
-        self.stats = ReductionStats(tokens_evicted=[0] * len(bands))
         self.num_copies = policy.num_queries_per_kv if config.gqa == "unfold" else 1
+        head_size = bands[0][0].kv_cache.shape[-1] // 2
+        self.regions = [make_region(policy, band, head_size) for band in range(len(bands))]
         self._window = config.window
         self._layout: CacheLayout | None = None
         self._plans: dict[str, tuple[BandPlan, ...]] = {}
         self._past: list[str | None] = []
-        self._past_rows: tuple[BandRows | None, ...] = (None,) * len(bands)
+        self._past_rows: tuple[tuple[BandRows | None, CodebookRows | None], ...] = (
+            (None, None),
+        ) * len(bands)
+        self._stats = self._empty_stats()
+
+    @property
+    def layout(self) -> CacheLayout:
+        """How this vLLM packs a block, found out on first use."""
+        if self._layout is None:
+            layer = self.bands[0][0]
+            self._layout = probe_layout(layer.kv_cache, layer.write)
+        return self._layout
+
+    def take_stats(self) -> dict[str, Any] | None:
+        """The numbers since the last call, which start again from zero; None if there are none."""
+        stats, self._stats = self._stats, self._empty_stats()
+        if not stats.num_reductions:
+            return None
+        return {
+            "seconds": stats.seconds,
+            "reductions": stats.num_reductions,
+            "bands": {
+                "tokens_evicted": stats.tokens_evicted,
+                "tokens_merged": stats.tokens_merged,
+                **self._codebook_stats(),
+            },
+        }
+
+    def _codebook_stats(self) -> dict[str, list[float]]:
+        counts = {name: [0.0] * len(self.bands) for name in CODEBOOK_COUNTS}
+        for band, region in enumerate(self.regions):
+            if isinstance(region, CodebookRegion):
+                for name in CODEBOOK_COUNTS:
+                    counts[name][band] = getattr(region.stats, name)
+                region.stats = CodebookStats()
+        return {f"codebook_{name}": values for name, values in counts.items()}
+
+    def _empty_stats(self) -> ReductionStats:
+        num_bands = len(self.bands)
+        return ReductionStats(tokens_evicted=[0] * num_bands, tokens_merged=[0] * num_bands)
 
     def admit(self, request_id: str, prompt_len: int, keep_ratio: float | None) -> None:
         """Plan a request's prompt; ``keep_ratio`` None for the server's."""
@@ -118,25 +149,47 @@ class Reducer:
                     if stop == prompt_len:
                         ends.append(PromptEnd(row, request_id, prompt_len, plans, slot))
             token += scheduled
+        self._plan_rows(past)
         return Step(
-            bands=self._band_rows(past),
+            bands=tuple(dense for dense, _ in self._past_rows),
+            codebooks=tuple(codebooks for _, codebooks in self._past_rows),
             window=WindowRows(torch.cat(sources), torch.cat(targets)) if sources else None,
             prompt_ends=tuple(ends),
         )
 
-    def _band_rows(self, past: list[str | None]) -> tuple[BandRows | None, ...]:
+    def _plan_rows(self, past: list[str | None]) -> None:
         """Per band, the geometry of the rows that are reduced, None for the others.
 
         Unchanged from one decode step to the next until a request comes or goes.
         """
-        if past != self._past:
-            self._past = past
-            plans = [self._plans[request_id] if request_id else None for request_id in past]
-            self._past_rows = tuple(
-                BandRows.of([p[band] if p else None for p in plans], self.num_copies)
-                for band in range(len(self.bands))
-            )
-        return self._past_rows
+        if past == self._past:
+            return
+        self._past = past
+        plans = [self._plans[request_id] if request_id else None for request_id in past]
+        self._past_rows = tuple(
+            self._band_rows(region, [p[band] if p else None for p in plans])
+            for band, region in enumerate(self.regions)
+        )
+
+    def _band_rows(
+        self, region: Region, plans: list[BandPlan | None]
+    ) -> tuple[BandRows | None, CodebookRows | None]:
+        if isinstance(region, DenseRegion):
+            return BandRows.of(plans, self.num_copies), None
+        reduced = [(row, plan) for row, plan in enumerate(plans) if plan and plan.is_reduced]
+        if not reduced:
+            return None, None
+        shapes = [region.shape(plan) for _, plan in reduced]
+        codebooks = CodebookRows(
+            rows=torch.tensor([row for row, _ in reduced]),
+            starts=_int32([(plan.first_block, plan.tail_block) for _, plan in reduced]),
+            shapes=_int32([(s.num_key_entries, s.num_value_entries, s.num_tokens) for s in shapes]),
+        )
+        tails = [
+            replace(plan, first_block=plan.tail_block) if plan and plan.is_reduced else None
+            for plan in plans
+        ]
+        return BandRows.of(tails, num_copies=1), codebooks
 
     def reduce(self, end: PromptEnd, block_ids: Callable[[int, int], Tensor]) -> None:
         """Compact one ended prompt in every band that reduces it.
@@ -150,48 +203,37 @@ class Reducer:
             if not plan.is_reduced:
                 continue
             row_blocks = block_ids(band, end.row)
+            region = self.regions[band]
             for layer in self.bands[band]:
-                self._reduce_layer(layer, end, plan, row_blocks)
-            block_size = self.policy.block_size
-            kept = plan.reduced_blocks * block_size // self.num_copies
-            self.stats.tokens_evicted[band] += plan.tail_block * block_size - kept
+                prompt = self._read_prompt(layer, end, row_blocks[: plan.prompt_blocks])
+                region.fill(layer, prompt, plan, row_blocks[plan.first_block : plan.tail_block])
+            kept = region.tokens_kept(plan)
+            self._stats.tokens_evicted[band] += plan.tail_block * self.policy.block_size - kept
+            if isinstance(region, CodebookRegion):
+                self._stats.tokens_merged[band] += kept
         self.stash.release(end.request_id)
-        self.stats.num_reductions += 1
-        self.stats.seconds += time.perf_counter() - started
+        self._stats.num_reductions += 1
+        self._stats.seconds += time.perf_counter() - started
 
-    def _reduce_layer(
-        self, layer: ReducedLayer, end: PromptEnd, plan: BandPlan, row_blocks: Tensor
-    ) -> None:
-        """Keep the chosen context tokens of one layer in its reduced region."""
-        block_size = self.policy.block_size
-        if self._layout is None:
-            self._layout = probe_layout(layer.kv_cache, layer.write)
-        keys, values = self._layout.read(layer.kv_cache, row_blocks[: plan.prompt_blocks])
+    def _read_prompt(self, layer: ReducedLayer, end: PromptEnd, blocks: Tensor) -> LayerPrompt:
+        keys, values = self.layout.read(layer.kv_cache, blocks)
         num_kv_heads, _, head_size = keys.shape
         queries = self.stash.read(layer.layer_idx, end.slot)
-        kept = choose_kept(
-            self._rule(layer.layer_idx, end.prompt_len),
+        return LayerPrompt(
             # [W, K * G, D] -> [K, G, W, D]
-            queries.view(len(queries), num_kv_heads, -1, head_size).permute(1, 2, 0, 3),
-            keys[:, : end.prompt_len],
-            scale=layer.scale,
-            num_context=plan.tail_block * block_size,
-            num_kept=plan.reduced_blocks * block_size // self.num_copies,
+            queries=queries.view(len(queries), num_kv_heads, -1, head_size).permute(1, 2, 0, 3),
+            keys=keys,
+            values=values,
+            prompt_len=end.prompt_len,
+            rule=self._rule(layer.layer_idx, end.prompt_len),
         )
-        region = row_blocks[plan.first_block : plan.tail_block]
-        slots = (region.unsqueeze(1) * block_size + torch.arange(block_size)).flatten()
-        copies = kept.unbind(1) if kept.dim() == 3 else (kept,)
-        for copy, copy_slots in zip(copies, slots.chunk(len(copies)), strict=True):
-            if len(copy_slots):
-                layer.write(
-                    gather_kept(keys, copy).transpose(0, 1).contiguous(),
-                    gather_kept(values, copy).transpose(0, 1).contiguous(),
-                    layer.kv_cache,
-                    copy_slots,
-                )
 
     def _rule(self, layer_idx: int, prompt_len: int) -> ChoiceRule:
         config = self.policy.config
         # The random baseline must not drop the same positions in every layer and prompt.
         seed = (config.seed * 1009 + layer_idx) * 65537 + prompt_len
         return ChoiceRule(config.score, config.pool_kernel, config.gqa, seed)
+
+
+def _int32(rows: list[tuple[int, ...]]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int32)

@@ -54,8 +54,8 @@ class SpindleSchedulerMixin:
         self._reduced.add(request.request_id)
         for band, manager in enumerate(self._bands):
             plan = manager.plan(request.request_id, request.num_prompt_tokens)
-            self._stats["prompt_blocks"][band] += plan.prompt_blocks
-            self._stats["held_blocks"][band] += plan.held_blocks
+            self._stats["bands"]["prompt_blocks"][band] += plan.prompt_blocks
+            self._stats["bands"]["held_blocks"][band] += plan.held_blocks
 
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
@@ -87,8 +87,9 @@ class SpindleSchedulerMixin:
             stats = self._stats
             stats["reductions"] += worker["reductions"]
             stats["seconds"] += worker["seconds"]
-            for band, num_tokens in enumerate(worker["tokens_evicted"]):
-                stats["tokens_evicted"][band] += num_tokens
+            for name, counts in worker["bands"].items():
+                total = stats["bands"].setdefault(name, [0] * len(counts))
+                stats["bands"][name] = [a + b for a, b in zip(total, counts, strict=True)]
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
@@ -97,7 +98,7 @@ class SpindleSchedulerMixin:
         if scheduler_stats is None:
             return None
         for band, manager in enumerate(self._bands):
-            self._stats["blocks_freed"][band] += manager.num_freed_blocks
+            self._stats["bands"]["blocks_freed"][band] += manager.num_freed_blocks
             manager.num_freed_blocks = 0
         scheduler_stats.plugin_stats = {"spindle": self._stats}
         self._stats = _empty_stats(len(self._bands))
@@ -105,12 +106,10 @@ class SpindleSchedulerMixin:
 
 
 def _empty_stats(num_bands: int) -> dict[str, Any]:
-    """Counts since the last report; lists have one entry per band."""
+    """Counts since the last report; under ``bands`` one list per count, an entry per band."""
+    ours = ("blocks_freed", "prompt_blocks", "held_blocks")
     return {
         "reductions": 0,
         "seconds": 0.0,
-        "blocks_freed": [0] * num_bands,
-        "tokens_evicted": [0] * num_bands,
-        "prompt_blocks": [0] * num_bands,
-        "held_blocks": [0] * num_bands,
+        "bands": {name: [0] * num_bands for name in ours},
     }

@@ -90,6 +90,21 @@ class BandRows:
         return self.tail_block - self.copy_blocks
 
 
+@dataclass(frozen=True, eq=False)
+class CodebookRows:
+    """Reduced rows of a band with codebooks, r of them, for the compiled kernel.
+
+    Attributes:
+        rows: which rows of the step. [r], int64.
+        starts: first block of the region, and of the tail. [r, 2], int32.
+        shapes: key entries, value entries, tokens. [r, 3], int32.
+    """
+
+    rows: Tensor
+    starts: Tensor
+    shapes: Tensor
+
+
 @dataclass(frozen=True)
 class WindowRows:
     """Which tokens of the step are window queries, and where the stash keeps them. int64."""
@@ -103,11 +118,14 @@ class Step:
     """Everything that the builders, the implementation and the reduction ask about a step.
 
     Attributes:
-        bands: per band, or None where no row is reduced.
+        bands: per band, or None where no row is reduced. In a band with codebooks, reduced rows
+            show their tail alone: the stock kernel cannot read the region.
+        codebooks: per band, None where no row has codebooks.
         window: None if the step holds no window query.
         prompt_ends: prompts to reduce after the forward.
     """
 
     bands: tuple[BandRows | None, ...]
+    codebooks: tuple[CodebookRows | None, ...]
     window: WindowRows | None
     prompt_ends: tuple[PromptEnd, ...]

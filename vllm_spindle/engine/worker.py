@@ -4,21 +4,26 @@ Model runner V2 needs another adapter (``BatchView`` and block ids from its own 
 another reduction.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils import length_from_prompt_token_ids_or_embeds
 
 from vllm_spindle.engine.active import activate
+from vllm_spindle.engine.cache_layout import CacheLayout
 from vllm_spindle.engine.options import request_keep_ratio
-from vllm_spindle.engine.reduction import ReducedLayer, Reducer
+from vllm_spindle.engine.reduction import Reducer
+from vllm_spindle.engine.regions import ReducedLayer
+from vllm_spindle.engine.rotary_table import rotary_table
 from vllm_spindle.engine.spec import SpindleSpec
 from vllm_spindle.engine.step import BatchView, Step
 from vllm_spindle.engine.window import WindowStash
+
+if TYPE_CHECKING:
+    from vllm_spindle.kernels.decode import RegionDecoder
 
 
 class SpindleWorkerMixin:
@@ -40,8 +45,9 @@ class SpindleWorkerMixin:
     def sample_tokens(self, grammar_output: Any) -> Any:
         """vLLM's sampling; the step's reduction numbers ride on its output."""
         output = super().sample_tokens(grammar_output)
-        if self._reduction is not None and self._reduction.has_stats:
-            output.plugin_stats = {"spindle": self._reduction.reducer.stats.take()}
+        stats = self._reduction.reducer.take_stats() if self._reduction is not None else None
+        if stats is not None:
+            output.plugin_stats = {"spindle": stats}
         return output
 
 
@@ -54,6 +60,12 @@ class RunnerReduction:
         self._group_of_band = _groups(runner)
         self._scheduler_output: Any = None
         self._step: Step | None = None
+        self._decoders = {
+            layer.layer_idx: _decoder(layer, self.reducer.layout)
+            for band in self.reducer.bands
+            for layer in band
+            if layer.cos_sin is not None
+        }
 
     @property
     def step(self) -> Step:
@@ -67,10 +79,9 @@ class RunnerReduction:
         """The window's queries."""
         return self.reducer.stash
 
-    @property
-    def has_stats(self) -> bool:
-        """Whether anything was reduced since the numbers were last sent."""
-        return self.reducer.stats.num_reductions > 0
+    def decoder(self, layer_idx: int) -> "RegionDecoder":
+        """The compiled kernel that reads a layer's codebooks."""
+        return self._decoders[layer_idx]
 
     def begin(self, scheduler_output: Any) -> None:
         """A new step: learn new requests, forget the ended ones."""
@@ -125,8 +136,12 @@ def _groups(runner: Any) -> list[int]:
 def _make_reducer(runner: Any) -> Reducer:
     groups = runner.kv_cache_config.kv_cache_groups
     layers = runner.compilation_config.static_forward_context
+    merges = groups[0].kv_cache_spec.policy.config.merges
     bands = [
-        [_reduced_layer(layers[name]) for name in groups[group].layer_names]
+        [
+            _reduced_layer(layers[name], rotary_table(runner.model, name) if merges else None)
+            for name in groups[group].layer_names
+        ]
         for group in _groups(runner)
     ]
     spec = groups[0].kv_cache_spec
@@ -150,7 +165,7 @@ def _make_reducer(runner: Any) -> Reducer:
     return Reducer(spec.policy, bands, stash)
 
 
-def _reduced_layer(layer: Any) -> ReducedLayer:
+def _reduced_layer(layer: Any, cos_sin: Tensor | None) -> ReducedLayer:
     def write(keys: Tensor, values: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
         layer.impl.do_kv_cache_update(layer, keys, values, kv_cache, slot_mapping)
 
@@ -159,4 +174,24 @@ def _reduced_layer(layer: Any) -> ReducedLayer:
         kv_cache=layer.kv_cache,
         scale=layer.impl.scale,
         write=write,
+        cos_sin=cos_sin,
+    )
+
+
+def _decoder(layer: ReducedLayer, layout: CacheLayout) -> "RegionDecoder":
+    # Not before vLLM has started: its kernel registration trips over numba's modules.
+    from vllm_spindle.kernels.decode import RegionDecoder
+
+    assert layer.cos_sin is not None
+    # The kernel knows vLLM's usual packing by heart; another one it reads through tables.
+    is_usual = layout.key_strides == (1, layer.kv_cache.shape[2]) and layout.value_strides == (
+        layer.cos_sin.shape[1],
+        1,
+    )
+    return RegionDecoder(
+        layer.cos_sin,
+        layer.scale,
+        key_index=None if is_usual else layout.key_index,
+        value_index=None if is_usual else layout.value_index,
+        num_threads=torch.get_num_threads(),
     )

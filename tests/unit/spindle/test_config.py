@@ -27,6 +27,12 @@ def test_a_dict_sets_every_field() -> None:
     """Every dial arrives where it is named."""
     options = {
         "keep_ratio": 0.25,
+        "method": "both",
+        "band_methods": ("merge", "both", "evict", "evict", "evict", "evict"),
+        "merge_factor": 3.0,
+        "key_share": 0.25,
+        "theta_key": 0.9,
+        "theta_value": 0.8,
         "window": 16,
         "score": "paper",
         "pool_kernel": 7,
@@ -39,6 +45,30 @@ def test_a_dict_sets_every_field() -> None:
     }
     assert set(options) == set(SpindleConfig.model_fields)
     assert load_config(options).model_dump() == options
+
+
+def test_band_methods_come_as_a_list() -> None:
+    """JSON and YAML have no tuples."""
+    config = load_config({"band_methods": ["merge", "evict"]})
+    assert config.band_methods == ("merge", "evict")
+    assert config.merges
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"method": "merge", "gqa": "unfold"}, ["gqa='unfold'", "'union' or 'mean'"]),
+        ({"band_methods": ["both"], "num_bands": 3}, ["names 1 bands", "num_bands=3"]),
+        ({"band_methods": ["melt"]}, ["band_methods.0='melt'", "'evict', 'merge' or 'both'"]),
+    ],
+)
+def test_methods_that_do_not_go_together_are_refused(
+    options: dict[str, object], parts: list[str]
+) -> None:
+    """The message names what clashes and what to use."""
+    with pytest.raises(ValueError) as refusal:
+        load_config(options)
+    assert all(part in str(refusal.value) for part in parts)
 
 
 def test_a_configuration_passes_through() -> None:
@@ -68,7 +98,7 @@ def test_a_configuration_passes_through() -> None:
         ({"min_prompt_len": -1}, ["min_prompt_len=-1", "greater than or equal to 0"]),
         ({"keepratio": 0.5}, ["'keepratio'", "did you mean 'keep_ratio'?"]),
         ({"pool_kernal": 5}, ["'pool_kernal'", "did you mean 'pool_kernel'?"]),
-        ({"zzz": 1}, ["'zzz'", "valid keys: keep_ratio, window, score"]),
+        ({"zzz": 1}, ["'zzz'", "valid keys: keep_ratio, method, band_methods"]),
         ({"window": 0, "beta": 1}, ["window=0", "beta=1"]),
     ],
     ids=str,

@@ -1,0 +1,92 @@
+"""Bands with codebooks: the compiled kernel over paged regions against the float32 oracle."""
+
+from typing import Any
+
+import pytest
+
+from engine_child import in_child
+
+pytestmark = pytest.mark.engine
+
+# Entries are bf16 and norms fp16 in the region; the oracle reads neither.
+MAX_ERROR = 1.5e-2
+MODES = {
+    "both": {"method": "both"},
+    "merge": {"method": "merge", "budget": "uniform"},
+    "mixed": {"band_methods": ["merge", "both", "evict"], "theta_key": 0.9, "key_share": 0.25},
+}
+PROMPT_LENS = [1500, 1024, 801, 300, 95]
+
+
+def codebooks(model: str, modes: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Per mode: agreement of a mixed batch in chunks of 300, blocks when idle, counts."""
+    from dataclasses import asdict
+
+    import tiny
+    from engine_probe.engines import Ask, engine
+    from engine_probe.twin import capture, compare
+
+    prompts = [each["prompt_token_ids"] for each in tiny.prompts(5, PROMPT_LENS, seed=1)]
+    own = [None, None, 0.75, None, None]
+    asks = [
+        Ask(prompt, max_tokens=6 + 3 * i, keep_ratio=own[i]) for i, prompt in enumerate(prompts)
+    ]
+    lens = {f"r{i}": (len(ask.prompt), ask.keep_ratio) for i, ask in enumerate(asks)}
+    answers: dict[str, Any] = {}
+    for mode_name, mode in modes.items():
+        with engine(model, {"keep_ratio": 0.5, **mode}) as running:
+            policy = running.managers[0].kv_cache_spec.policy
+            running.chunk(300)
+            with capture() as seen:
+                running.run(asks)
+            answers[mode_name] = {
+                **asdict(compare(seen, policy, lens)),
+                "mixed_steps": seen.mixed_steps,
+                "idle_free": running.is_idle_and_free,
+                "bands": running.scheduler._stats["bands"],
+            }
+    return answers
+
+
+@pytest.fixture(scope="module")
+def answers(llama: str) -> dict[str, Any]:
+    return in_child(codebooks, model=llama, modes=MODES)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_attention_over_codebooks_equals_the_oracle(answers: dict[str, Any], mode: str) -> None:
+    """Every decode output of a layer with codebooks is the oracle's, in mixed batches too."""
+    found = answers[mode]
+    assert found["mixed_steps"] > 0
+    assert found["merged_rows"] > 100
+    assert found["merged_error"] < MAX_ERROR
+
+
+def test_a_band_that_evicts_beside_them_keeps_what_the_core_chooses(
+    answers: dict[str, Any],
+) -> None:
+    """Methods go by band: the evicting band is unchanged."""
+    found = answers["mixed"]
+    assert found["kept_layers"] > 0
+    assert found["kept_differ"] == 0
+    assert found["error"] < 5e-3
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_block_is_left(answers: dict[str, Any], mode: str) -> None:
+    """When idle, every block is free again."""
+    assert answers[mode]["idle_free"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_counts_add_up(answers: dict[str, Any], mode: str) -> None:
+    """Entries stay within capacity; every merged token has two codes per head and layer."""
+    bands = answers[mode]["bands"]
+    for band, vectors in enumerate(bands["codebook_vectors"]):
+        # 2 layers a band, 2 kv heads, a key and a value.
+        assert vectors == bands["tokens_merged"][band] * 2 * 2 * 2
+        assert bands["codebook_entries"][band] <= bands["codebook_capacity"][band]
+        assert bands["codebook_overflow"][band] <= vectors
+        assert bands["codebook_similarity_sum"][band] <= vectors * (1 + 1e-5)
+    merging = [m != "evict" for m in MODES[mode].get("band_methods", ["both"] * 3)]
+    assert [count > 0 for count in bands["tokens_merged"]] == merging

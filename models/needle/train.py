@@ -67,9 +67,9 @@ LEARN = Stage(
         (1.00, (256, 512, 1024, 1024, 2048)),
     ),
 )
-# After LEARN one question in eighty at 2,048 tokens was answered with a word of a distractor that
-# shares a key word with the asked needle: there, six distractors crowd around each needle, and
-# LEARN rarely shows more than two. So the same again with crowds.
+# After LEARN one or two questions in a hundred at 2,048 tokens were missed, most of those looked at
+# with a word of a distractor that shares a key word with the asked needle: six distractors crowd
+# around each needle there, and LEARN rarely shows more than two. So the same again with crowds.
 CROWD = Stage(
     num_steps=260,
     peak_learning_rate=6e-4,

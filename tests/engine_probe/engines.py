@@ -14,6 +14,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.triton_utils import dispatcher
 
 BLOCK_SIZE = 32
+MAX_IDLE_STEPS = 2000
 DEFAULTS = {
     "skip_tokenizer_init": True,
     "enforce_eager": True,
@@ -54,6 +55,7 @@ class Engine:
         section = {} if spindle is None else {"additional_config": {"spindle": spindle}}
         self.llm = LLM(model, **{**DEFAULTS, **section, **options})
         self.engine = self.llm.llm_engine
+        self._idle_steps = 0
         self.core = self.engine.engine_core.engine_core
         self.scheduler = self.core.scheduler
         self.pool = self.scheduler.kv_cache_manager.block_pool
@@ -68,8 +70,16 @@ class Engine:
         self.engine.add_request(request_id, {"prompt_token_ids": list(ask.prompt)}, ask.params)
 
     def step(self) -> list[RequestOutput]:
-        """One engine step; what it put out."""
-        return self.engine.step()
+        """One engine step; what it put out.
+
+        Raises:
+            RuntimeError: if nothing has finished for long: requests wait for blocks that leaked.
+        """
+        outputs = self.engine.step()
+        self._idle_steps = 0 if any(out.finished for out in outputs) else self._idle_steps + 1
+        if self._idle_steps > MAX_IDLE_STEPS:
+            raise RuntimeError(f"stuck with {self.pool.get_num_free_blocks()} blocks free")
+        return outputs
 
     def drain(self) -> dict[str, RequestOutput]:
         """Step until nothing is left; the finished requests."""

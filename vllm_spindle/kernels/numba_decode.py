@@ -335,7 +335,7 @@ def _attend_item(item, dims, lanes, query, output, cache, cos_sin, block_table, 
                  tail_lens, query_start, key_index, value_index, scale):  # fmt: skip
     """All queries of one row and kv head."""
     num_kv_heads = cache.shape[1]
-    row, head = divmod(item, num_kv_heads)
+    row, head = divmod(np.int64(item), num_kv_heads)  # prange counts in uint64
     head_size, num_lanes = 16 * len(dims), len(lanes)
     group = query.shape[1] // num_kv_heads
     bits = cache.reshape(-1)

@@ -18,6 +18,11 @@ PROGRAM = "vllm-spindle"
 COMMANDS = (
     ("plan", "vllm_spindle.commands.plan", "what a keep ratio keeps of a prompt, band by band"),
     (
+        "calibrate",
+        "vllm_spindle.commands.calibrate",
+        "evict, merge or both per band: measured on your prompts, written as a plan",
+    ),
+    (
         "doctor",
         "vllm_spindle.commands.doctor",
         "can this vLLM, model and flag set work, if not why",

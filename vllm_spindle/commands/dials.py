@@ -1,6 +1,7 @@
 """Every dial of ``SpindleConfig`` as a command-line flag, read off the model itself."""
 
 import argparse
+from collections.abc import Collection
 from typing import Any
 
 import yaml
@@ -8,11 +9,19 @@ import yaml
 from vllm_spindle.config import SpindleConfig, load_config
 
 
-def add_dials(parser: argparse.ArgumentParser) -> None:
-    """Add ``--config FILE`` and one flag per dial; a flag wins over the file."""
+def add_dials(parser: argparse.ArgumentParser, leave_out: Collection[str] = ()) -> None:
+    """Add ``--config FILE`` and one flag per dial not in ``leave_out``; a flag wins over the file.
+
+    A command that leaves a dial out may have a flag of its own by that name.
+    """
+    parser.set_defaults(
+        dials=[name for name in SpindleConfig.model_fields if name not in leave_out]
+    )
     group = parser.add_argument_group("options of spindle")
     group.add_argument("--config", metavar="FILE", help="YAML file of options, configs/spindle/")
     for name, field in SpindleConfig.model_fields.items():
+        if name in leave_out:
+            continue
         group.add_argument(
             "--" + name.replace("_", "-"),
             metavar="X",
@@ -28,7 +37,7 @@ def read_dials(args: argparse.Namespace) -> SpindleConfig:
     """
     given: dict[str, Any] = {
         name: yaml.safe_load(text)
-        for name in SpindleConfig.model_fields
+        for name in args.dials
         if (text := getattr(args, name)) is not None
     }
     if args.config is None:

@@ -83,7 +83,7 @@ def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "LOADED []" in done.stdout
-    assert [name for name, _, _ in cli.COMMANDS if f"    {name} " not in done.stdout] == []
+    assert {name for name, _, _ in cli.COMMANDS} <= set(done.stdout.split())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Which method each band should use, by measurement on the user's own prompts. Offline: no vLLM."""

@@ -1,0 +1,67 @@
+"""The prompts to calibrate on: a file of the user's, or needle questions for the bundled model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+SEED = 20261
+
+
+def load_tokenizer(model: str) -> Any | None:
+    """The model's tokenizer; None if it has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None
+
+
+def read_prompts(path: str, tokenizer: Any | None, num_prompts: int) -> list[list[int]]:
+    """Token ids of the first ``num_prompts`` lines of a file, empty ones skipped.
+
+    A line is text, or a JSON object with ``prompt`` or ``prompt_token_ids``.
+
+    Raises:
+        ValueError: if the file or a line cannot be read.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--prompts={path}: cannot read it ({error})") from None
+    numbered = [(i, line) for i, line in enumerate(lines, 1) if line.strip()][:num_prompts]
+    if not numbered:
+        raise ValueError(f"--prompts={path}: no prompts in it; one a line, text or JSON")
+    return [_token_ids(line, tokenizer, f"--prompts={path}: line {i}") for i, line in numbered]
+
+
+def needle_prompts(tokenizer: Any, num_prompts: int, num_tokens: int) -> list[list[int]]:
+    """Token ids of generated questions, of keys that no test asks for."""
+    from vllm_spindle.evaluation.needle import make_questions
+
+    questions = make_questions(num_prompts, num_tokens, seed=SEED, split="train")
+    return [tokenizer(question.prompt).input_ids for question in questions]
+
+
+def speaks_needle(tokenizer: Any | None) -> bool:
+    """Whether this is the bundled model's tokenizer."""
+    from vllm_spindle.evaluation.needle import VOCAB
+
+    return tokenizer is not None and set(tokenizer.get_vocab()) == set(VOCAB)
+
+
+def _token_ids(line: str, tokenizer: Any | None, where: str) -> list[int]:
+    prompt: Any = line
+    if line.lstrip().startswith("{"):
+        try:
+            fields = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{where}: not valid JSON: {error}") from None
+        prompt = fields.get("prompt_token_ids", fields.get("prompt"))
+    if isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt):
+        return prompt
+    if not isinstance(prompt, str):
+        raise ValueError(f'{where}: has no "prompt" (text) or "prompt_token_ids" (integers)')
+    if tokenizer is None:
+        raise ValueError(f'{where}: the model has no tokenizer; give "prompt_token_ids"')
+    return list(tokenizer(prompt).input_ids)

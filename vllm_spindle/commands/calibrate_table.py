@@ -1,0 +1,76 @@
+"""What calibration measured, as tables on the terminal."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_calibration(report: dict[str, Any]) -> None:
+    """Print what ``calibrate.make_report`` found."""
+    console = Console()
+    console.print(
+        f"{report['model']}: {report['source']}, {report['num_prompts']} prompts of "
+        f"{report['shortest_prompt']} to {report['longest_prompt']} tokens; keep_ratio "
+        f"{report['config']['keep_ratio']:g}",
+        highlight=False,
+    )
+    console.print(_covers(report))
+    console.print(_bands(report))
+    console.print(_wholes(report))
+
+
+def _covers(report: dict[str, Any]) -> Table:
+    config = report["config"]
+    table = Table(
+        title="How redundant the layers are",
+        caption=f"entries needed over tokens, by kv head, at theta {config['theta_key']:g} (keys) "
+        f"and {config['theta_value']:g} (values)",
+    )
+    for title in ("layer", "keys", "values"):
+        table.add_column(title, justify="right")
+    for cover in report["covers"]:
+        table.add_row(str(cover["layer"]), _shares(cover["keys"]), _shares(cover["values"]))
+    return table
+
+
+def _bands(report: dict[str, Any]) -> Table:
+    table = Table(
+        title="Each band alone, by method, in the same blocks",
+        caption="relative error of attention outputs at the answer's queries (it decides) and the "
+        "window's; overflow: share of merged vectors without an entry",
+    )
+    for title in ("layers", "method", "blocks", "error\nanswer", "error\nwindow", "KL", "overflow"):
+        table.add_column(title, justify="right")
+    for band in report["bands"]:
+        for name, found in band["methods"].items():
+            table.add_row(
+                f"{band['first_layer']}-{band['last_layer']}" if name == "evict" else "",
+                name,
+                f"{found['region_blocks']:.1f}",
+                f"{found['answer_error']:.4f}",
+                f"{found['window_error']:.4f}",
+                f"{found['divergence']:.5f}",
+                f"{found['overflow']:.3f}",
+                style="bold" if name == band["chosen"] else None,
+            )
+        table.add_section()
+    return table
+
+
+def _wholes(report: dict[str, Any]) -> Table:
+    table = Table(title="All bands together", caption="bold: written")
+    for title in ("bands", "KL (nats)", "same token"):
+        table.add_column(title, justify="right")
+    for whole in report["wholes"]:
+        table.add_row(
+            " ".join(whole["band_methods"]),
+            f"{whole['divergence']:.4f}",
+            f"{whole['agreement']:.3f}",
+            style="bold" if whole["band_methods"] == report["config"]["band_methods"] else None,
+        )
+    return table
+
+
+def _shares(shares: list[float]) -> str:
+    return " ".join(f"{share:.2f}" for share in shares)

@@ -156,6 +156,10 @@ OPTIONS: dict[str, tuple[Any, list[str]]] = {
     "unknown-mode": (ON | {"gqa": "max"}, ["gqa='max'", "'union', 'mean' or 'unfold'"]),
     "no-file": ("configs/none.yaml", ["cannot read", "configs/none.yaml", "JSON object"]),
     "no-mapping": (0.25, ["expected a mapping", "float 0.25"]),
+    "codebook-of-copies": (
+        ON | {"method": "both", "gqa": "unfold"},
+        ["gqa='unfold'", "use 'union' or 'mean'"],
+    ),
     "too-many-bands": (ON | {"num_bands": 7}, ["num_bands=7", "only 6 layers", "at most 6"]),
 }
 
@@ -215,6 +219,9 @@ def configure(model: str, folder: str) -> dict[str, Any]:
     no_caching = {"enable_prefix_caching": False}
     found["two"] = try_config("two", ON, two, stock_config)
     found["two-but-off"] = try_config("two-but-off", {"keep_ratio": 1.0}, two, stock_config)
+    codebooks, half = ON | {"method": "both"}, {"dtype": "float16"}
+    found["half"] = try_config("half", ON, half, stock_config)
+    found["half-codebooks"] = try_config("half-codebooks", codebooks, half, stock_config)
     found["on"] = try_config("on", ON, {}, stock_config)
     found["on-no-caching"] = try_config("on-no-caching", ON, no_caching, stock_config)
     found["on-yaml"] = try_config("on-yaml", str(yaml), no_caching, stock_config)
@@ -285,6 +292,13 @@ def test_a_flag_is_refused(found: dict[str, Any], case: str) -> None:
     assert refused["error"] == "ValueError"
     assert len(refused["message"].splitlines()) == 1
     _assert_says(refused["message"], ["spindle does not support", *FLAGS[case][2]])
+
+
+def test_codebooks_are_refused_in_another_dtype(found: dict[str, Any]) -> None:
+    """Eviction serves float16; codebooks are bfloat16, and say so."""
+    assert "error" not in found["half"]
+    message = found["half-codebooks"]["message"]
+    _assert_says(message, ["--dtype=float16", "kept in bfloat16", "--dtype bfloat16"])
 
 
 @pytest.mark.parametrize("case", MODELS)

@@ -81,6 +81,35 @@ class Reducer:
             self._layout = probe_layout(layer.kv_cache, layer.write)
         return self._layout
 
+    def warm_up(self) -> None:
+        """Probe the cache and compile what codebooks need, at start-up instead of in a request.
+
+        A sham prompt goes through the real code, in blocks that no request holds yet.
+        """
+        _ = self.layout
+        for band, region in enumerate(self.regions):
+            if isinstance(region, CodebookRegion):
+                self._warm_up_region(region, self.bands[band][0])
+                return
+
+    def _warm_up_region(self, region: CodebookRegion, layer: ReducedLayer) -> None:
+        num_kv_heads = layer.kv_cache.shape[1]
+        block_size = self.policy.block_size
+        plan = BandPlan(first_block=1, tail_block=3, prompt_blocks=3)
+        tokens = torch.randn(num_kv_heads, 3 * block_size, region.head_size)
+        tokens = tokens.to(layer.kv_cache.dtype)
+        prompt = LayerPrompt(
+            queries=torch.randn(
+                num_kv_heads, self.policy.num_queries_per_kv, block_size, region.head_size
+            ),
+            keys=tokens,
+            values=tokens,
+            prompt_len=3 * block_size,
+            rule=self._rule(0, 0),
+        )
+        region.fill(layer, prompt, plan, torch.tensor([1, 2]))
+        region.stats = CodebookStats()
+
     def take_stats(self) -> dict[str, Any] | None:
         """The numbers since the last call, which start again from zero; None if there are none."""
         stats, self._stats = self._stats, self._empty_stats()

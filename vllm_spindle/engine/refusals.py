@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import is_quantized_kv_cache
@@ -51,6 +52,7 @@ def config_refusals(vllm_config: VllmConfig, config: SpindleConfig) -> list[Refu
         *_cache(vllm_config),
         *_scheduling(vllm_config),
         *_bands(vllm_config, config),
+        *_codebooks(vllm_config, config),
     ]
     return found
 
@@ -205,4 +207,23 @@ def _bands(vllm_config: VllmConfig, config: SpindleConfig) -> Iterator[Refusal]:
             num_bands,
             f"the model has only {num_layers} layers",
             f"leave num_bands out, or set it to at most {num_layers}",
+        )
+
+
+def _codebooks(vllm_config: VllmConfig, config: SpindleConfig) -> Iterator[Refusal]:
+    model = vllm_config.model_config
+    if config.merges and model.dtype != torch.bfloat16:
+        yield Refusal(
+            "--dtype",
+            str(model.dtype).removeprefix("torch."),
+            "codebooks are kept in bfloat16",
+            "use --dtype bfloat16, or method evict",
+        )
+    block_size = vllm_config.cache_config.block_size
+    if config.merges and block_size % 16:
+        yield Refusal(
+            "--block-size",
+            block_size,
+            "the codebook kernel reads 16 tokens at a time",
+            "use a multiple of 16, or method evict",
         )

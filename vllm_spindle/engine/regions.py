@@ -13,15 +13,13 @@ from torch import Tensor
 
 from vllm_spindle.core.budget import BandPlan
 from vllm_spindle.core.choice import ChoiceRule, choose_kept
-from vllm_spindle.core.codebook import Codebook, cover_heads
+from vllm_spindle.core.codebook import Codebook
 from vllm_spindle.core.eviction import gather_kept
 from vllm_spindle.core.rotary import unrotate_keys
 from vllm_spindle.engine.codebook_shape import codebook_shape
 from vllm_spindle.kernels.region import pack_region
 from vllm_spindle.kernels.region_shape import RegionShape
 from vllm_spindle.policy import SpindlePolicy
-
-COVER_WINDOW = 1024  # tokens: bounds the time of a cover
 
 
 @dataclass(frozen=True)
@@ -157,16 +155,21 @@ class CodebookRegion:
         keys = unrotate_keys(gather_kept(prompt.keys, positions), positions, layer.cos_sin)
         values = gather_kept(prompt.values, positions).float()
         config = self.policy.config
-        key_books = cover_heads(keys, "head", config.theta_key, shape.num_key_entries, COVER_WINDOW)
-        value_books = cover_heads(
-            values, "head", config.theta_value, shape.num_value_entries, COVER_WINDOW
-        )
+        key_books = self._cover(keys, config.theta_key, shape.num_key_entries)
+        value_books = self._cover(values, config.theta_value, shape.num_value_entries)
         pack_region(layer.kv_cache, region, shape, key_books, value_books, positions)
         for books, capacity in (
             (key_books, shape.num_key_entries),
             (value_books, shape.num_value_entries),
         ):
             self._count(books, capacity)
+
+    @staticmethod
+    def _cover(vectors: Tensor, threshold: float, capacity: int) -> tuple[Codebook, ...]:
+        # Not before vLLM has started: its kernel registration trips over numba's modules.
+        from vllm_spindle.kernels.numba_cover import cover_layer
+
+        return cover_layer(vectors, threshold, capacity)
 
     def _count(self, books: tuple[Codebook, ...], capacity: int) -> None:
         for book in books:

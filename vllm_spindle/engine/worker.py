@@ -31,11 +31,16 @@ class SpindleWorkerMixin:
 
     _reduction: "RunnerReduction | None" = None
 
+    def initialize_from_config(self, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's KV cache, then ours on top: what cannot be reduced stops start-up here."""
+        result = super().initialize_from_config(*args, **kwargs)
+        self._reduction = RunnerReduction(self.model_runner)
+        return result
+
     def execute_model(self, scheduler_output: Any) -> Any:
         """vLLM's step, then the reduction of every prompt that ended in it."""
-        if self._reduction is None:
-            self._reduction = RunnerReduction(self.model_runner)
         reduction = self._reduction
+        assert reduction is not None
         reduction.begin(scheduler_output)
         with activate(reduction):
             output = super().execute_model(scheduler_output)
@@ -58,6 +63,7 @@ class RunnerReduction:
         self._runner = runner
         self.reducer = _make_reducer(runner)
         self._group_of_band = _groups(runner)
+        self.reducer.warm_up()
         self._scheduler_output: Any = None
         self._step: Step | None = None
         self._decoders = {
@@ -66,6 +72,10 @@ class RunnerReduction:
             for layer in band
             if layer.cos_sin is not None
         }
+        for layer in [layer for band in self.reducer.bands for layer in band]:
+            if layer.cos_sin is not None:
+                _warm_up_decoder(self._decoders[layer.layer_idx], layer, runner)
+                break
 
     @property
     def step(self) -> Step:
@@ -195,3 +205,14 @@ def _decoder(layer: ReducedLayer, layout: CacheLayout) -> "RegionDecoder":
         value_index=None if is_usual else layout.value_index,
         num_threads=torch.get_num_threads(),
     )
+
+
+def _warm_up_decoder(decoder: "RegionDecoder", layer: ReducedLayer, runner: Any) -> None:
+    """Compile the kernel at start-up: one sham query over one tail token of an unused block."""
+    from vllm_spindle.kernels.decode import DecodeRows
+
+    attention = runner.compilation_config.static_forward_context
+    num_heads = next(iter(attention.values())).num_heads
+    query = torch.zeros(1, num_heads, layer.kv_cache.shape[-1] // 2, dtype=torch.bfloat16)
+    rows = DecodeRows.of([[1]], [[0, 0]], [[0, 0, 0]], [1], [0, 1])
+    decoder(query, torch.empty_like(query), layer.kv_cache, rows)

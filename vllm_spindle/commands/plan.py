@@ -8,7 +8,37 @@ from typing import Any
 from vllm_spindle.commands.dials import add_dials, read_dials
 from vllm_spindle.commands.geometry import ModelGeometry, read_geometry
 from vllm_spindle.core.budget import BandPlan
+from vllm_spindle.core.codebook_bytes import paper_ratio
+from vllm_spindle.engine.codebook_shape import codebook_shape
+from vllm_spindle.kernels.region_shape import ARRAY_ELEMENTS, ELEMENT_BYTES
 from vllm_spindle.policy import SpindlePolicy
+
+
+@dataclass(frozen=True)
+class CodebookRow:
+    """A band's codebooks of one prompt. Bytes are of all the band's layers and kv heads.
+
+    Attributes:
+        method: ``merge`` or ``both``.
+        merged_tokens: context tokens with a code, in each layer.
+        key_entries, value_entries: capacity, per kv head; similarity decides how it is filled.
+        entry_bytes: of both tables.
+        code_bytes: indexes, norms and positions.
+        padding_bytes: what is left of the region's blocks.
+        true_ratio: the region's bytes over the context's, padding included.
+        paper_ratio: the same by the paper's eq. 15, which charges an index and a norm for each
+            entry, not for each token, and no positions.
+    """
+
+    method: str
+    merged_tokens: int
+    key_entries: int
+    value_entries: int
+    entry_bytes: int
+    code_bytes: int
+    padding_bytes: int
+    true_ratio: float
+    paper_ratio: float
 
 
 @dataclass(frozen=True)
@@ -17,11 +47,12 @@ class BandRow:
 
     Attributes:
         first_layer, last_layer: the band's layers, both included.
-        region_tokens: context tokens kept by each layer, chosen by score.
+        region_tokens: context tokens kept by each layer, chosen by score, or merged.
         window_tokens: last tokens of the prompt, always kept, natural order: the window, and
             what shares its first block.
         held_blocks, freed_blocks: of the band's KV-cache group.
         held_bytes, full_bytes: whole blocks, the last one's empty places included.
+        codebook: what the region is made of where it is no plain tokens.
     """
 
     first_layer: int
@@ -32,24 +63,61 @@ class BandRow:
     freed_blocks: int
     held_bytes: int
     full_bytes: int
+    codebook: CodebookRow | None
+
+
+def codebook_row(
+    layers: range, method: str, plan: BandPlan, policy: SpindlePolicy, geometry: ModelGeometry
+) -> CodebookRow | None:
+    """The codebooks of one band; None where it evicts or keeps the prompt whole."""
+    if method == "evict" or not plan.is_reduced:
+        return None
+    num_heads, head_size = geometry.num_kv_heads, geometry.head_size
+    shape = codebook_shape(policy.config, method, plan, policy.block_size, head_size)
+    layer_bytes = policy.block_size * geometry.token_bytes
+    entries = shape.num_key_entries + shape.num_value_entries
+    entry_bytes = len(layers) * num_heads * entries * head_size * ELEMENT_BYTES
+    code_bytes = len(layers) * num_heads * shape.num_tokens * sum(ARRAY_ELEMENTS) * ELEMENT_BYTES
+    paper = paper_ratio(
+        num_tokens=plan.tail_block * policy.block_size * num_heads,
+        num_kept=shape.num_tokens * num_heads,
+        num_key_entries=shape.num_key_entries * num_heads,
+        num_value_entries=shape.num_value_entries * num_heads,
+        head_size=head_size,
+    )
+    return CodebookRow(
+        method=method,
+        merged_tokens=shape.num_tokens,
+        key_entries=shape.num_key_entries,
+        value_entries=shape.num_value_entries,
+        entry_bytes=entry_bytes,
+        code_bytes=code_bytes,
+        padding_bytes=plan.reduced_blocks * layer_bytes * len(layers) - entry_bytes - code_bytes,
+        true_ratio=plan.reduced_blocks / plan.tail_block,
+        paper_ratio=float(paper),
+    )
 
 
 def band_row(
-    layers: range, plan: BandPlan, policy: SpindlePolicy, geometry: ModelGeometry, prompt_len: int
+    band: int, plan: BandPlan, policy: SpindlePolicy, geometry: ModelGeometry, prompt_len: int
 ) -> BandRow:
     """The figures of one band."""
+    layers = policy.bands[band]
     block_bytes = policy.block_size * geometry.token_bytes * len(layers)
     copies = policy.num_queries_per_kv if policy.config.gqa == "unfold" else 1
+    codebook = codebook_row(layers, policy.method_of_band(band), plan, policy, geometry)
+    # Nothing freed: the row is whole, and its region is simply the context.
+    region_tokens = plan.reduced_blocks * policy.block_size // (copies if plan.is_reduced else 1)
     return BandRow(
         first_layer=layers.start,
         last_layer=layers.stop - 1,
-        # Nothing freed: the row is whole, and its region is simply the context.
-        region_tokens=plan.reduced_blocks * policy.block_size // (copies if plan.is_reduced else 1),
+        region_tokens=region_tokens if codebook is None else codebook.merged_tokens,
         window_tokens=prompt_len - plan.tail_block * policy.block_size,
         held_blocks=plan.held_blocks,
         freed_blocks=plan.first_block,
         held_bytes=plan.held_blocks * block_bytes,
         full_bytes=plan.prompt_blocks * block_bytes,
+        codebook=codebook,
     )
 
 
@@ -61,10 +129,7 @@ def make_report(policy: SpindlePolicy, geometry: ModelGeometry, prompt_len: int)
     every padding, and so can pass 1 where nothing is evicted.
     """
     plans = policy.plan(prompt_len)
-    rows = [
-        band_row(layers, plan, policy, geometry, prompt_len)
-        for layers, plan in zip(policy.bands, plans, strict=True)
-    ]
+    rows = [band_row(band, plan, policy, geometry, prompt_len) for band, plan in enumerate(plans)]
     longest = max(len(layers) for layers in policy.bands)
     padded_block_bytes = policy.block_size * geometry.token_bytes * longest
     prompt_bytes = prompt_len * geometry.token_bytes * geometry.num_layers
@@ -84,11 +149,13 @@ def make_report(policy: SpindlePolicy, geometry: ModelGeometry, prompt_len: int)
         "asked_ratio": policy.config.keep_ratio,
         "true_ratio": allocated_bytes / prompt_bytes,
         "is_reduced": any(plan.is_reduced for plan in plans),
-        "notes": _notes(policy, plans, prompt_len),
+        "notes": _notes(policy, geometry, plans, prompt_len),
     }
 
 
-def _notes(policy: SpindlePolicy, plans: tuple[BandPlan, ...], prompt_len: int) -> list[str]:
+def _notes(
+    policy: SpindlePolicy, geometry: ModelGeometry, plans: tuple[BandPlan, ...], prompt_len: int
+) -> list[str]:
     config, notes = policy.config, []
     if len({len(layers) for layers in policy.bands}) > 1:
         sizes = ", ".join(str(len(layers)) for layers in policy.bands)
@@ -104,6 +171,8 @@ def _notes(policy: SpindlePolicy, plans: tuple[BandPlan, ...], prompt_len: int) 
         notes.append(f"the window of {config.window} tokens reaches into the first block: all kept")
     elif all(plan.reduced_blocks == 0 for plan in plans):
         notes.append("the window alone fills the budget: no context token is kept")
+    if config.is_on and config.merges and geometry.dtype != "bfloat16":
+        notes.append(f"codebook bands are served in bfloat16, not in {geometry.dtype}")
     return notes
 
 

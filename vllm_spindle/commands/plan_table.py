@@ -16,7 +16,7 @@ def print_plan(model: str, report: dict[str, Any]) -> None:
         highlight=False,
     )
     table = Table(
-        caption="tokens: chosen by score + recent; bytes: true GQA cache, "
+        caption="tokens: chosen by score (or merged) + recent; bytes: true GQA cache, "
         f"{geometry['num_layers']} layers x {geometry['num_kv_heads']} kv heads x "
         f"{geometry['head_size']} x 2, {geometry['dtype']}",
     )
@@ -51,6 +51,8 @@ def print_plan(model: str, report: dict[str, Any]) -> None:
         f"{report['allocated_bytes'] / report['full_bytes']:.3f}",
     )
     console.print(table)
+    if any(row["codebook"] for row in report["bands"]):
+        console.print(_codebooks(report))
     console.print(
         f"asked for {report['asked_ratio']:g} of the prompt's {_kib(report['prompt_bytes'])} KiB, "
         f"holds {_kib(report['allocated_bytes'])} KiB, every padding included: "
@@ -59,6 +61,39 @@ def print_plan(model: str, report: dict[str, Any]) -> None:
     )
     for note in report["notes"]:
         console.print("note: " + note, highlight=False)
+
+
+def _codebooks(report: dict[str, Any]) -> Table:
+    table = Table(
+        title="Codebooks",
+        caption="entries: capacity per kv head, keys + values; codes: index, norm and position of "
+        "each token; ratios are of the context, true with padding, the paper's by its eq. 15",
+    )
+    for title in (
+        "layers",
+        "method",
+        "tokens\nmerged",
+        "entries\nK + V",
+        "KiB of entries\n+ codes + padding",
+        "true\nratio",
+        "paper's\nratio",
+    ):
+        table.add_column(title, justify="right")
+    for row in report["bands"]:
+        if book := row["codebook"]:
+            table.add_row(
+                f"{row['first_layer']}-{row['last_layer']}",
+                book["method"],
+                str(book["merged_tokens"]),
+                f"{book['key_entries']} + {book['value_entries']}",
+                " + ".join(
+                    f"{book[part] / 1024:,.1f}"
+                    for part in ("entry_bytes", "code_bytes", "padding_bytes")
+                ),
+                f"{book['true_ratio']:.3f}",
+                f"{book['paper_ratio']:.3f}",
+            )
+    return table
 
 
 def _kib(num_bytes: int) -> str:

@@ -165,6 +165,45 @@ def test_plan_never_holds_more_than_asked(
     assert any("pads" in note for note in report["notes"]) == (num_layers == 13)
 
 
+def test_plan_of_codebooks_by_hand(run: Run, model: Callable[..., str]) -> None:
+    """30 % of 1,024 tokens: 14, 8 and 3 blocks; in the first 896 rows a head, 186 of them codes.
+
+    992 tokens take 31 rows of 32 elements for each array of 16 bits, and 62 for the positions.
+    """
+    methods = ["--band-methods", "[merge, both, evict]", "--key-share", "0.25"]
+    argv = ["plan", model(), "--keep-ratio", "0.3", "--prompt-len", "1024", *methods]
+    bands = json.loads(run(*argv, "--json")[1])["bands"]
+    first, second, third = (band["codebook"] for band in bands)
+    assert [band["held_blocks"] for band in bands] == [15, 9, 4]
+    assert (first["method"], first["merged_tokens"], bands[0]["region_tokens"]) == (
+        "merge",
+        992,
+        992,
+    )
+    assert first["key_entries"] == (896 - 186) // 4
+    assert first["key_entries"] + first["value_entries"] == 710
+    assert first["entry_bytes"] == 2 * 2 * 710 * 32 * 2  # layers, heads
+    assert first["code_bytes"] == 2 * 2 * 992 * 12
+    assert first["padding_bytes"] == 0
+    assert first["true_ratio"] == 14 / 31
+    assert first["paper_ratio"] == pytest.approx(710 / (2 * 992) * (1 + 2 / 32))
+    assert (second["method"], second["merged_tokens"]) == ("both", 2 * 8 * 32)
+    assert third is None
+    for band, book in zip(bands[:2], (first, second), strict=True):
+        region = (band["held_blocks"] - 1) * 32 * 2 * LAYER_TOKEN_BYTES
+        assert book["entry_bytes"] + book["code_bytes"] + book["padding_bytes"] == region
+        assert book["true_ratio"] > book["paper_ratio"]
+    text = run(*argv)[1]
+    assert all(part in text for part in ("Codebooks", "merged", "both", "177 + 533", "paper's"))
+
+
+def test_plan_without_codebooks_shows_none(run: Run, model: Callable[..., str]) -> None:
+    """Evicted, or kept whole: no second table."""
+    argv = ["plan", model(), "--prompt-len", "1024"]
+    assert "Codebooks" not in run(*argv, "--keep-ratio", "0.5")[1]
+    assert "Codebooks" not in run(*argv, "--keep-ratio", "1.0", "--method", "merge")[1]
+
+
 def test_plan_of_unfold_counts_each_copy_once(run: Run, model: Callable[..., str]) -> None:
     """Copies of the region for each query head cost blocks, and keep no more tokens."""
     argv = ["plan", model(), "--keep-ratio", "0.5", "--prompt-len", "2048", "--gqa", "unfold"]

@@ -72,7 +72,7 @@ def calibrated(model: str, ratio: float, prompt_len: int) -> dict[str, Any]:
 
     with tempfile.NamedTemporaryFile(suffix=".yaml") as plan:
         command = ["-m", "vllm_spindle.cli", "calibrate", model, "--keep-ratio", str(ratio)]
-        command += ["--prompt-len", str(prompt_len), "--out", plan.name]
+        command += ["--prompt-len", str(prompt_len), "--num-prompts", "4", "--out", plan.name]
         subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
         config = yaml.safe_load(plan.read())
     names = ("num_bands", "band_methods", "key_share", "theta_key", "theta_value")
@@ -118,7 +118,7 @@ def main() -> int:
     for name, config in MODES.items():
         rows = in_child(args.model, config, list(RATIOS), counts)
         found[name] = {"config": config, "rows": rows}
-        print(name, [(row["ratio"], row["exact"]) for row in rows], flush=True)
+        report(args, counts, found)
     rows = []
     for ratio in RATIOS:
         config = calibrated(args.model, ratio, args.prompt_len)
@@ -128,22 +128,28 @@ def main() -> int:
         else:
             row = next(row for row in found[twin]["rows"] if row["ratio"] == ratio)
         rows.append({**row, "config": config, "same_as": twin})
-        print("calibrated", ratio, row["exact"], config, flush=True)
-    found["calibrated"] = {"rows": rows}
+        report(args, counts, {**found, "calibrated": {"rows": rows}})
+    return 0
+
+
+def report(
+    args: argparse.Namespace, counts: dict[str, int], found: dict[str, dict[str, Any]]
+) -> None:
+    """Print and write what there is so far: the machine may be wanted back."""
+    from vllm_spindle.bench.provenance import provenance
+
     for mode in found.values():
         for row in mode["rows"]:
             config = row.get("config", mode.get("config"))
             row["true_ratio"] = true_ratio(args.model, config, row["ratio"], args.prompt_len)
-    from vllm_spindle.bench.provenance import provenance
-
-    report = {"model": args.model, **counts, "seed": SEED, "modes": found, "made": provenance()}
     print("| exact answers at true bytes | " + " | ".join(f"{r:.0%}" for r in RATIOS) + " |")
     print("|---|" + "---|" * len(RATIOS))
     for name, mode in found.items():
-        print(f"| {name} | " + " | ".join(f"{r['exact']:.1%}" for r in mode["rows"]) + " |")
+        figures = [f"{row['exact']:.1%}" for row in mode["rows"]]
+        print(f"| {name} | " + " | ".join(figures) + " |", flush=True)
     if args.out:
-        args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    return 0
+        whole = {"model": args.model, **counts, "seed": SEED, "modes": found, "made": provenance()}
+        args.out.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

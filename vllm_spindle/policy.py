@@ -31,16 +31,17 @@ class SpindlePolicy:
 
     def __post_init__(self) -> None:
         num_bands = _num_bands(self.config)
+        option = "num_bands" if self.config.band_methods is None else "band_methods: bands"
         if num_bands is not None and num_bands > self.num_layers:
             raise ValueError(
-                f"spindle: num_bands={num_bands}: the model has only {self.num_layers} layers; "
+                f"spindle: {option}={num_bands}: the model has only {self.num_layers} layers; "
                 f"leave num_bands out, or set it to at most {self.num_layers}"
             )
         usable = usable_num_bands(self.num_layers)
         if num_bands is not None and num_bands not in usable:
             shortest, longest = self.num_layers // num_bands, -(-self.num_layers // num_bands)
             raise ValueError(
-                f"spindle: num_bands={num_bands}: {self.num_layers} layers make bands of {longest} "
+                f"spindle: {option}={num_bands}: {self.num_layers} layers make bands of {longest} "
                 f"and {shortest}, too uneven for one KV-cache group each; leave num_bands out, "
                 "or set it to one of " + ", ".join(map(str, usable))
             )

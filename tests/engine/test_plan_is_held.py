@@ -10,19 +10,24 @@ pytestmark = pytest.mark.engine
 
 MIB = 1 << 20
 MAX_LEN = 2048
+MODES: dict[str, dict[str, Any]] = {
+    "union": {},
+    "unfold": {"gqa": "unfold"},
+    "codebooks": {"band_methods": ["merge", "both"]},
+}
 
 
 def held(model: str) -> dict[str, Any]:
-    """Four runs of ever changing requests, each watched at every step."""
+    """Runs of ever changing requests, each watched at every step."""
     found = {}
-    for gqa in ("union", "unfold"):
-        found[f"aborts-{gqa}"] = _aborts(model, gqa)
+    for name, mode in MODES.items():
+        found[f"aborts-{name}"] = _aborts(model, mode)
     found["preemption"] = _preemption(model)
     found["thousand"] = _thousand(model)
     return found
 
 
-def _aborts(model: str, gqa: str) -> dict[str, Any]:
+def _aborts(model: str, mode: dict[str, Any]) -> dict[str, Any]:
     """64 at once in chunks of 300, any ratio, aborted at any moment, in little memory."""
     import random
 
@@ -39,7 +44,7 @@ def _aborts(model: str, gqa: str) -> dict[str, Any]:
         for prompt in prompts
     ]
     options = {"max_num_seqs": 64, "max_model_len": MAX_LEN, "max_num_batched_tokens": MAX_LEN}
-    spindle = {"keep_ratio": 0.25, "gqa": gqa}
+    spindle = {"keep_ratio": 0.25, **mode}
     aborted = {"waiting": 0, "mid_prefill": 0, "prompt_just_ended": 0, "decoding": 0}
     with engine(model, spindle, kv_cache_memory_bytes=12 * MIB, **options) as running:
         watch = PlanWatch(running)
@@ -89,7 +94,12 @@ def _preemption(model: str) -> dict[str, Any]:
     asks = [Ask(prompt["prompt_token_ids"], 300) for prompt in prompts]
     options = {"max_model_len": MAX_LEN, "max_num_batched_tokens": MAX_LEN}
     answers: dict[str, Any] = {}
-    for name, spindle in (("stock", None), ("spindle", {"keep_ratio": 0.25})):
+    sides = {
+        "stock": None,
+        "spindle": {"keep_ratio": 0.25},
+        "codebooks": {"keep_ratio": 0.25, **MODES["codebooks"]},
+    }
+    for name, spindle in sides.items():
         for memory in (64 * MIB, 2 * MIB):
             with engine(model, spindle, kv_cache_memory_bytes=memory, **options) as running:
                 watch = PlanWatch(running) if spindle else None
@@ -147,10 +157,10 @@ def runs(small_llama: str) -> dict[str, Any]:
     return in_child(held, model=small_llama)
 
 
-@pytest.mark.parametrize("gqa", ["union", "unfold"])
-def test_plan_is_held_under_aborts(runs: dict[str, Any], gqa: str) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_plan_is_held_under_aborts(runs: dict[str, Any], mode: str) -> None:
     """64 requests at once, cut off at any moment: rows as planned, every block given back."""
-    run = runs[f"aborts-{gqa}"]
+    run = runs[f"aborts-{mode}"]
     assert run["problems"] == []
     assert run["idle_free"]
     assert run["left_over"] == []
@@ -158,9 +168,10 @@ def test_plan_is_held_under_aborts(runs: dict[str, Any], gqa: str) -> None:
     assert min(run["aborted"].values()) >= 3
 
 
-def test_plan_is_held_under_preemption(runs: dict[str, Any]) -> None:
+@pytest.mark.parametrize("side", ["spindle", "codebooks"])
+def test_plan_is_held_under_preemption(runs: dict[str, Any], side: str) -> None:
     """Preempted requests are reduced again, to the same plan, and leak nothing."""
-    run = runs["preemption"]["spindle-2"]
+    run = runs["preemption"][f"{side}-2"]
     assert run["preempted"] >= 3
     assert run["watch"]["problems"] == []
     assert run["watch"]["idle_free"]
@@ -171,7 +182,7 @@ def test_plan_is_held_under_preemption(runs: dict[str, Any]) -> None:
 def test_preempted_requests_answer_as_unpreempted(runs: dict[str, Any]) -> None:
     """Preemption changes no token: not in stock vLLM, and not with reduced prompts."""
     run = runs["preemption"]
-    for name in ("stock", "spindle"):
+    for name in ("stock", "spindle", "codebooks"):
         assert run[f"{name}-2"]["preempted"] >= 3
         assert run[f"{name}-64"]["preempted"] == 0
         assert run[f"{name}-2"]["tokens"] == run[f"{name}-64"]["tokens"]

@@ -154,6 +154,15 @@ def test_every_shipped_configuration_loads() -> None:
     assert [path.name for path in SHIPPED if not load_config(path).is_on] == []
 
 
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_file_is_what_its_name_says(path: Path) -> None:
+    """Method and share are in the name, and the header says how to serve it."""
+    method, percent = path.stem.split("_")
+    config = load_config(path)
+    assert (config.method, config.keep_ratio) == (method, int(percent) / 100)
+    assert f"configs/spindle/{path.name}" in path.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("value", [0.25, 1, 1.0, 1e-05])
 def test_a_requests_keep_ratio_is_a_number_in_range(value: float) -> None:
     """Numbers in (0, 1] are taken as they are."""

@@ -45,7 +45,25 @@ def codebooks(model: str, modes: dict[str, dict[str, Any]]) -> dict[str, Any]:
                 "idle_free": running.is_idle_and_free,
                 "bands": running.scheduler._stats["bands"],
             }
+            if mode_name == "mixed":
+                answers["hundred"] = _hundred(running, policy)
     return answers
+
+
+def _hundred(running: Any, policy: Any) -> dict[str, Any]:
+    """100 shorter prompts at once, a few tokens each."""
+    from dataclasses import asdict
+
+    import tiny
+    from engine_probe.engines import Ask
+    from engine_probe.twin import capture, compare
+
+    prompts = [each["prompt_token_ids"] for each in tiny.prompts(100, list(range(160, 460, 3)))]
+    running.chunk(2048)
+    with capture() as seen:
+        running.run([Ask(prompt, max_tokens=4) for prompt in prompts])
+    lens = {f"r{i}": (len(prompt), None) for i, prompt in enumerate(prompts)}
+    return {**asdict(compare(seen, policy, lens)), "requests": len({r for r, _ in seen.rows})}
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +78,15 @@ def test_attention_over_codebooks_equals_the_oracle(answers: dict[str, Any], mod
     assert found["mixed_steps"] > 0
     assert found["merged_rows"] > 100
     assert found["merged_error"] < MAX_ERROR
+
+
+def test_a_hundred_prompts_equal_the_oracle(answers: dict[str, Any]) -> None:
+    """The worst of 100 prompts is within bf16 rounding."""
+    found = answers["hundred"]
+    assert found["requests"] == 100
+    assert found["merged_rows"] > 1100  # 3 tokens, 4 layers; the smallest regions hold none
+    assert found["merged_error"] < MAX_ERROR
+    assert found["kept_differ"] == 0
 
 
 def test_a_band_that_evicts_beside_them_keeps_what_the_core_chooses(

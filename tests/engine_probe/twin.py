@@ -154,7 +154,8 @@ def compare(
     result = Agreement()
     for (request_id, layer_idx), rows in seen.rows.items():
         prompt_len, keep_ratio = asks[request_id]
-        plan = policy.plan(prompt_len, keep_ratio)[policy.band_of_layer(layer_idx)]
+        band = policy.band_of_layer(layer_idx)
+        plan = policy.plan(prompt_len, keep_ratio)[band]
         layer = TwinLayer(*rows.joined(), num_context=plan.tail_block * policy.block_size)
         kept = layer.everything
         codebooks = seen.codebooks.get((request_id, layer_idx))
@@ -168,7 +169,9 @@ def compare(
             kept = layer.core_choice(policy, prompt_len, plan.reduced_blocks)
             found = seen.kept[request_id, layer_idx]
             result.kept_layers += 1
-            result.kept_differ += not found or any(not torch.equal(kept, each) for each in found)
+            if policy.method_of_band(band) == "evict":  # else a region too small for a codebook
+                differ = not found or any(not torch.equal(kept, each) for each in found)
+                result.kept_differ += differ
         first_row = max(0, prompt_len - NUM_PROMPT_ROWS)
         prompt_error = layer.error(layer.everything, first_row, prompt_len)
         result.prompt_error = max(result.prompt_error, prompt_error)

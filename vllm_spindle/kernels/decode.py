@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_spindle.kernels.numba_decode import LOG2_E, attend_parallel, attend_serial
+from vllm_spindle.kernels.numba_decode import attend_parallel, attend_serial
+from vllm_spindle.kernels.numba_softmax import LOG2_E
 
 MAX_LANES = 8  # query heads of one pass: their sums must stay in registers
 

@@ -7,9 +7,6 @@ path that rounds the rotated keys.)
 
 Arrays are flat and float32, or uint16 for bf16 bits; offsets are uint64. ``dims`` and ``lanes``
 are tuples whose lengths carry D / 16 and L into the compiled code.
-
-Numba caches a compiled kernel under the time stamp of the kernel's own file: after a change here,
-touch ``numba_decode.py`` too.
 """
 
 from llvmlite import ir

@@ -1,0 +1,145 @@
+"""Merged tokens of the decode kernel: entries, codes and norms as they lie in a region's blocks.
+
+Key entries stream, each is rotated once per token for all query heads; probabilities are added
+onto the value entries, which are multiplied once at the end.
+
+Shapes: L query heads of one pass (lanes), D head size. Arrays are laid out in ``region_shape``.
+"""
+
+import numpy as np
+
+from vllm_spindle.kernels.numba_softmax import (
+    from_half,
+    inlined,
+    scale_lanes,
+    scratch,
+    softmax_step,
+)
+from vllm_spindle.kernels.numba_vector import (
+    add_rows,
+    add_scaled,
+    copy_bits,
+    load_row,
+    prefetch,
+    rotate_and_dot,
+)
+
+TILE = 512  # tokens per step of the online softmax: the scratch stays in the first cache
+AHEAD = 8  # tokens: how far ahead cosines are fetched; positions jump, so the hardware does not
+ROWS_AHEAD = 16  # entries: the hardware starts anew with every page and chunk
+
+
+@inlined
+def _place(run, element):
+    """Offset of one element of a head's run of chunks, and how many follow it in its chunk.
+
+    A run: block table, first column, elements of a block, start of the head in it, chunk size.
+    """
+    table, first_block, block_stride, head_start, chunk = run
+    block, offset = divmod(np.uint32(element), np.uint32(chunk))  # 64-bit division is slow
+    at = np.uint64(table[np.uint64(first_block) + block]) * np.uint64(block_stride)
+    return at + np.uint64(head_start) + np.uint64(offset), chunk - np.int64(offset)
+
+
+@inlined
+def _copy_run(bits, run, start, out, count):
+    """Elements [start, start + count) of a head's run."""
+    done = 0
+    while done < count:
+        at, left = _place(run, start + done)
+        size = min(count - done, left)
+        copy_bits(bits, at, out, np.uint64(done), np.uint64(size))
+        done += size
+
+
+@inlined
+def _load_entry(dims, bits, run, code, entries, slot):
+    """A key entry, as float32, into the scratch."""
+    head_size = 16 * len(dims)
+    at, _ = _place(run, code * head_size)
+    prefetch(dims, bits, at + np.uint64(ROWS_AHEAD * head_size))
+    load_row(dims, bits, at, entries, slot)
+
+
+@inlined
+def add_weighted_rows(dims, lanes, bits, at, count, weights, at_weights, out):
+    """out[g] += sum of ``count`` neighbouring bf16 rows, weighted."""
+    head_size, num_lanes = np.uint64(16 * len(dims)), np.uint64(len(lanes))
+    done = 0
+    while done < count:
+        row = np.uint64(done)
+        here, weight = at + row * head_size, at_weights + row * num_lanes
+        if count - done >= 4:
+            for ahead in range(ROWS_AHEAD, ROWS_AHEAD + 4):
+                prefetch(dims, bits, here + np.uint64(ahead) * head_size)
+            add_rows(dims, lanes, (0, 0, 0, 0), bits, here, weights, weight, out)
+            done += 4
+        else:
+            add_rows(dims, lanes, (0,), bits, here, weights, weight, out)
+            done += 1
+
+
+@inlined
+def attend_region(dims, lanes, bits, run, shape, cos_sin, queries, scale, peaks, totals,
+                  factors, out):  # fmt: skip
+    """Merged tokens of one kv head. run: see ``_place``; shape: key and value entries, tokens."""
+    head_size, num_lanes = 16 * len(dims), len(lanes)
+    d, step = np.uint64(head_size), np.uint64(num_lanes)
+    num_key_entries, num_value_entries, num_tokens = shape[0], shape[1], shape[2]
+    # Elements where the per-token arrays start; see ``region_shape``.
+    array_size = (num_tokens + head_size - 1) // head_size * head_size
+    key_code_at = (num_key_entries + num_value_entries) * head_size
+    codes = np.empty(TILE + 1, np.uint16)
+    value_codes = np.empty(TILE, np.uint16)
+    norms = np.empty(TILE, np.uint16)
+    # Zeros behind the tile: prefetching may look there, which costs nothing.
+    raw_positions = np.zeros(2 * (TILE + AHEAD + 2), np.uint16)
+    positions = raw_positions.view(np.int32)
+    scales = np.empty(TILE + 1, np.float32)
+    products = scratch((TILE + 17) * num_lanes)
+    entries = scratch(2 * head_size)
+    weights = scratch(num_value_entries * num_lanes)
+    weights[:] = 0
+    slot, loaded = np.uint64(0), -1
+    for start in range(0, num_tokens, TILE):
+        count = min(TILE, num_tokens - start)
+        array = key_code_at + start
+        _copy_run(bits, run, array, codes, count)
+        _copy_run(bits, run, array + array_size, value_codes, count)
+        _copy_run(bits, run, array + 2 * array_size, norms, count)
+        _copy_run(bits, run, array + 4 * array_size + start, raw_positions, 2 * count)
+        for t in range(count):
+            scales[t] = from_half(norms[t]) * scale
+        _copy_run(bits, run, array + 3 * array_size, norms, count)
+        # Tokens go in pairs; the last of an odd number has itself for company.
+        codes[count], positions[count], scales[count] = codes[count - 1], 0, scales[count - 1]
+        for pair in range((count + 1) // 2):
+            t = np.uint64(2 * pair)
+            other = t + np.uint64(1)
+            for i in range(2):
+                ahead = positions[t + np.uint64(AHEAD + i)]
+                prefetch(dims, cos_sin, np.uint64(ahead) * d)
+            code = np.int64(codes[t])
+            if code != loaded:
+                _load_entry(dims, bits, run, code, entries, slot * d)
+            first, loaded = slot, np.int64(codes[other])
+            if code != loaded:
+                slot = np.uint64(1) - slot
+                _load_entry(dims, bits, run, loaded, entries, slot * d)
+            rotate_and_dot(
+                dims, lanes, entries, first * d, slot * d, cos_sin,
+                np.uint64(positions[t]) * d, np.uint64(positions[other]) * d,
+                queries, scales[t], scales[other], products, t * step,
+            )  # fmt: skip
+        if softmax_step(lanes, products, count, peaks, totals, factors) and start:
+            scale_lanes(lanes, weights, factors)
+        for i in range(count):
+            t = np.uint64(i)
+            norm = from_half(norms[t])
+            add_scaled(lanes, products, t * step, norm, weights, np.uint64(value_codes[t]) * step)
+    done = 0
+    while done < num_value_entries:
+        at, left = _place(run, (num_key_entries + done) * head_size)
+        count = min(num_value_entries - done, left // head_size)
+        add_weighted_rows(dims, lanes, bits, at, count, weights, np.uint64(done) * step, out)
+        done += count

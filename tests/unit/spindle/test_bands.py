@@ -22,7 +22,7 @@ BETA = Fraction(1, 20)
     + [(32, 4), (36, 4), (40, 4), (80, 4), (11, 3), (13, 4), (61, 4)],
 )
 def test_default_is_the_divisor_nearest_to_four(num_layers: int, num_bands: int) -> None:
-    """The default is the divisor from 2 to 8 nearest to four, ties down, or up to four uneven bands."""
+    """The divisor from 2 to 8 nearest to four, ties down, or up to four uneven bands."""
     assert default_num_bands(num_layers) == num_bands
 
 

@@ -227,6 +227,9 @@ def configure(model: str, folder: str) -> dict[str, Any]:
     found["on-yaml"] = try_config("on-yaml", str(yaml), no_caching, stock_config)
     found["off"] = try_config("off", {"keep_ratio": 1.0}, {}, stock_config)
     found["not-asked"] = try_config("not-asked", None, {}, stock_config)
+    two_ranks = {"tensor_parallel_size": 2}
+    found["off-tp2"] = try_config("off-tp2", {"keep_ratio": 1.0}, two_ranks, stock_config)
+    found["not-asked-tp2"] = try_config("not-asked-tp2", None, two_ranks, stock_config)
     made = EngineArgs(model, skip_tokenizer_init=True, block_size=32).create_engine_config()
     return {**found, **_forced(made), **_layers(made), "async": _asynchronous(made)}
 
@@ -377,9 +380,10 @@ def test_on_brings_worker_and_scheduler(found: dict[str, Any]) -> None:
     assert found["async"] == "vllm_spindle.processes.scheduler.SpindleAsyncScheduler"
 
 
-def test_off_leaves_the_configuration_alone(found: dict[str, Any]) -> None:
+@pytest.mark.parametrize("ranks", ["", "-tp2"])
+def test_off_leaves_the_configuration_alone(found: dict[str, Any], ranks: str) -> None:
     """keep_ratio 1.0 says so in one INFO line and changes nothing; not asked, not a word."""
-    off, stock = found["off"], found["not-asked"]
+    off, stock = found[f"off{ranks}"], found[f"not-asked{ranks}"]
     assert [level for level, _ in off["lines"]] == ["INFO"]
     assert "stock" in off["lines"][0][1]
     assert stock["lines"] == []

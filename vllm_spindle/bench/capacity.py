@@ -79,7 +79,8 @@ def run_capacity(
 
 def summarise(result: dict[str, Any]) -> dict[str, Any]:
     """A run's raw counts with the rates that follow from them."""
-    batches = result.pop("decode_batches")
+    batches, codebooks = result.pop("decode_batches"), result.pop("codebooks")
+    vectors = codebooks.get("vectors", 0)
     prefill = result["prefill_seconds"]
     return {
         **result,
@@ -89,6 +90,10 @@ def summarise(result: dict[str, Any]) -> dict[str, Any]:
             result["reduction_seconds"], prefill - result["reduction_seconds"]
         ),
         "mean_decode_batch": _rate(sum(batches), len(batches)),
+        "merged_vectors": vectors,
+        "codebook_fill": _rate(codebooks.get("entries", 0), codebooks.get("capacity", 0)),
+        "codebook_overflow": _rate(codebooks.get("overflow", 0), vectors),
+        "codebook_similarity": _rate(codebooks.get("similarity_sum", 0), vectors),
     }
 
 

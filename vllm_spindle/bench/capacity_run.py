@@ -32,6 +32,7 @@ class CapacityResult:
         reductions: prompts reduced.
         reduction_seconds: spent reducing them (part of prefill_seconds).
         decode_batches: requests in each decode step.
+        codebooks: counts of the codebooks built, over bands, heads and layers; by name.
     """
 
     peak_running: int = 0
@@ -47,6 +48,7 @@ class CapacityResult:
     reductions: int = 0
     reduction_seconds: float = 0.0
     decode_batches: list[int] = field(default_factory=list)
+    codebooks: dict[str, float] = field(default_factory=dict)
 
 
 class StepRecorder:
@@ -83,6 +85,11 @@ class StepRecorder:
         if stats:
             self._result.reductions += stats["spindle"]["reductions"]
             self._result.reduction_seconds += stats["spindle"]["seconds"]
+            totals = self._result.codebooks
+            for name, counts in stats["spindle"]["bands"].items():
+                if name.startswith("codebook_"):
+                    short = name.removeprefix("codebook_")
+                    totals[short] = totals.get(short, 0) + sum(counts)
         return self._stock_update(scheduler_output, model_runner_output)
 
 

@@ -27,6 +27,13 @@ ROWS = (
     ("reducing, s", "reduction_seconds", "{:.3f}"),
     ("reducing, share of prefill", "reduction_share_of_prefill", "{:.1%}"),
 )
+# Shown where a band has codebooks.
+CODEBOOK_ROWS = (
+    ("keys and values merged", "merged_vectors", "{:.0f}"),
+    ("codebook entries used", "codebook_fill", "{:.1%}"),
+    ("without an entry above theta", "codebook_overflow", "{:.1%}"),
+    ("cosine to the entry, mean", "codebook_similarity", "{:.3f}"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -125,7 +132,8 @@ def _table(report: dict[str, Any]) -> Table:
     table.add_column("stock", justify="right")
     table.add_column(f"keep {kept:g}", justify="right")
     table.add_column("ratio", justify="right")
-    for title, key, form in ROWS:
+    has_codebooks = medians["spindle"]["merged_vectors"] > 0
+    for title, key, form in ROWS + (CODEBOOK_ROWS if has_codebooks else ()):
         ratio = report["ratios"].get(key)
         table.add_row(
             title,

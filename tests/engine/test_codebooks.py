@@ -117,3 +117,19 @@ def test_the_counts_add_up(answers: dict[str, Any], mode: str) -> None:
         assert bands["codebook_similarity_sum"][band] <= vectors * (1 + 1e-5)
     merging = [m != "evict" for m in MODES[mode].get("band_methods", ["both"] * 3)]
     assert [count > 0 for count in bands["tokens_merged"]] == merging
+
+
+def loaded(model: str) -> list[str]:
+    """Modules loaded once vLLM has found the classes it is told to start."""
+    import sys
+
+    import vllm_spindle.processes.scheduler
+    import vllm_spindle.processes.worker_cpu  # noqa: F401
+
+    return [name for name in ("numba", "llvmlite", "triton.language.core") if name in sys.modules]
+
+
+def test_no_compiler_is_loaded_before_vllm_starts(llama: str) -> None:
+    """vLLM's kernel registration scans every loaded module and trips over llvmlite's."""
+    assert "llvmlite" not in in_child(loaded, model=llama)
+    assert "numba" not in in_child(loaded, model=llama)

@@ -17,6 +17,7 @@ from vllm_spindle.commands.geometry import ModelGeometry, read_geometry
 from vllm_spindle.commands.plan import make_report
 from vllm_spindle.config import SpindleConfig
 from vllm_spindle.policy import SpindlePolicy
+from vllm_spindle.serving.held import HOLD_BLOCKS
 
 SIDES = ("stock", "plugin")
 
@@ -82,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
 def serve_flags(args: argparse.Namespace, config: SpindleConfig | None) -> list[str]:
     """The flags of ``vllm serve``: the same for both sides but for ``--additional-config``."""
-    max_len = args.prompt_len + max(args.output_len, 4 * args.block_size) + 1
+    max_len = args.prompt_len + max(args.output_len, HOLD_BLOCKS * args.block_size) + 1
     flags = {
         "--block-size": args.block_size,
         "--kv-cache-memory-bytes": args.kv_cache_memory_bytes,

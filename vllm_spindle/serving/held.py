@@ -85,7 +85,8 @@ def _read(
         "POST", server.url + "/v1/completions", json=request | body, timeout=300
     ) as r:
         for line in r.iter_lines():
-            if not line.startswith("data: {"):
+            # Read to the end: after an abort the gauge of blocks may stay at its last value.
+            if len(readings) == NUM_READINGS or not line.startswith("data: {"):
                 continue
             prompt_len = _prompt_len(line)
             now = server.metrics()
@@ -96,8 +97,6 @@ def _read(
                 in_cache = prompt_len + num_generated - 1
                 grown = -(-in_cache // block_size) - -(-prompt_len // block_size)
                 readings.append(now.used_blocks - num_groups * grown)
-            if len(readings) == NUM_READINGS:
-                break
     return readings
 
 

@@ -8,7 +8,8 @@ from vllm_spindle.serving.server import VllmServer
 
 NUM_READINGS = 8
 MIN_AGREEING = 6
-NUM_ATTEMPTS = 3
+# A busy server may deliver a whole stream at once, when there is nothing left to read.
+NUM_ATTEMPTS = 8
 # Blocks of output that hold the request open: seconds, even at a millisecond or two a token.
 HOLD_BLOCKS = 24
 GENERATED = "vllm:generation_tokens_total"

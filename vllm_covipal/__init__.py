@@ -1,0 +1,1 @@
+"""CoViPAL for vLLM: visual tokens pruned before the language model. Importing changes nothing."""

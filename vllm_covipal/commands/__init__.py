@@ -1,0 +1,1 @@
+"""What `vllm-covipal` does, one module per subcommand."""

@@ -1,0 +1,1 @@
+"""The method itself: stdlib and torch only, readable beside the paper, importable without vLLM."""

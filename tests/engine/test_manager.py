@@ -87,6 +87,7 @@ def test_decode_allocates_at_the_natural_index(pool: Any) -> None:
     assert len(manager.allocate_new_blocks("r", full + 1, full + 1)) == 1
     assert len(manager.req_to_blocks["r"]) == plan.prompt_blocks + 1
     assert sum(_held(manager)) == plan.held_blocks + 1
+    assert manager.count_held("r", PROMPT_LEN) == plan.held_blocks
     manager.free("r")
 
 

@@ -17,7 +17,6 @@ from vllm_spindle.commands.geometry import ModelGeometry, read_geometry
 from vllm_spindle.commands.plan import make_report
 from vllm_spindle.config import SpindleConfig
 from vllm_spindle.policy import SpindlePolicy
-from vllm_spindle.serving.held import HOLD_BLOCKS
 
 SIDES = ("stock", "plugin")
 
@@ -65,8 +64,7 @@ def run(args: argparse.Namespace) -> int:
     sides = {}
     for name in SIDES:
         flags = serve_flags(args, config if name == "plugin" else None)
-        num_groups = len(policy.bands) if name == "plugin" else 1
-        side = DemoSide(name, args.model, flags, args.logs / f"{name}.log", num_groups)
+        side = DemoSide(name, args.model, flags, args.logs / f"{name}.log")
         sides[name] = run_side(side, questions, args.output_len, args.block_size)
     report = {
         "plan": plan,
@@ -83,11 +81,10 @@ def run(args: argparse.Namespace) -> int:
 
 def serve_flags(args: argparse.Namespace, config: SpindleConfig | None) -> list[str]:
     """The flags of ``vllm serve``: the same for both sides but for ``--additional-config``."""
-    max_len = args.prompt_len + max(args.output_len, HOLD_BLOCKS * args.block_size) + 1
     flags = {
         "--block-size": args.block_size,
         "--kv-cache-memory-bytes": args.kv_cache_memory_bytes,
-        "--max-model-len": max_len,
+        "--max-model-len": args.prompt_len + args.output_len + 4,
         "--max-num-seqs": max(64, args.questions),
         "--dtype": "bfloat16",
     }

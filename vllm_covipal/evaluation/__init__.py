@@ -1,0 +1,1 @@
+"""Generated tasks and what is measured on them."""

@@ -6,19 +6,9 @@ Q queries, T tokens of the tail. Nothing here imports the code under test.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-
-@dataclass
-class Cover:
-    """Chosen members in order, each vector's entry, and who found none above the threshold."""
-
-    members: list[int]
-    codes: list[int]
-    num_overflow: int
 
 
 def cosine(a: Sequence[float], b: Sequence[float]) -> float:
@@ -27,50 +17,70 @@ def cosine(a: Sequence[float], b: Sequence[float]) -> float:
     return dot / (math.hypot(*a) * math.hypot(*b))
 
 
-def cover(vectors: Tensor, threshold: float, capacity: int | None, window: int) -> Cover:
-    """Window by window: match with what is there, then Algorithm 1 as it was meant.
+class Cover:
+    """A table that grows by plain loops. A vector is always similar to itself. No zero vectors."""
 
-    Twice: with an even share of the capacity, then whoever is left with all of it.
-    A vector is always similar to itself. No zero vectors.
-    """
-    rows = vectors.double().tolist()
-    similarity = [
-        [2.0 if a == b else cosine(rows[a], rows[b]) for b in range(len(rows))]
-        for a in range(len(rows))
-    ]
-    members: list[int] = []
-    codes: list[int | None] = [None] * len(rows)
+    def __init__(self, vectors: Tensor, threshold: float, capacity: int | None = None) -> None:
+        rows = vectors.double().tolist()
+        self._similarity = [
+            [2.0 if a == b else cosine(rows[a], rows[b]) for b in range(len(rows))]
+            for a in range(len(rows))
+        ]
+        self._threshold = threshold
+        self._capacity = len(rows) if capacity is None else capacity
+        self.members: list[int] = []
+        self.codes: list[int | None] = [None] * len(rows)
 
-    def match(vector: int, above: float) -> None:
-        near = [code for code, m in enumerate(members) if similarity[vector][m] > above]
-        if codes[vector] is None and near:
-            codes[vector] = max(near, key=lambda code: similarity[vector][members[code]])
-
-    def add(part: list[int], limit: int) -> None:
+    def add(self, part: Sequence[int]) -> list[int]:
+        """Match with what is there, then Algorithm 1 as it was meant. Who has a code then."""
         for vector in part:
-            match(vector, threshold)
-        while len(members) < limit:
-            left = [v for v in part if codes[v] is None]
+            near = [
+                code
+                for code, member in enumerate(self.members)
+                if self._similarity[vector][member] > self._threshold
+            ]
+            if self.codes[vector] is None and near:
+                own = self._similarity[vector]
+                self.codes[vector] = max(near, key=lambda code: own[self.members[code]])
+        while len(self.members) < self._capacity:
+            left = [v for v in part if self.codes[v] is None]
             if not left:
                 break
-            neighbours = {v: [w for w in left if similarity[v][w] > threshold] for v in left}
+            neighbours = {
+                v: [w for w in left if self._similarity[v][w] > self._threshold] for v in left
+            }
             best = max(left, key=lambda v: len(neighbours[v]))
             for vector in neighbours[best]:
-                codes[vector] = len(members)
-            members.append(best)
+                self.codes[vector] = len(self.members)
+            self.members.append(best)
+        return [vector for vector in part if self.codes[vector] is not None]
 
-    total = len(rows) if capacity is None else capacity
-    for start in range(0, len(rows), window):
-        stop = min(start + window, len(rows))
-        # An even share of the capacity, up to the end of this window.
-        add(list(range(start, stop)), math.ceil(total * stop / len(rows)))
-    open_ = [v for v in range(len(rows)) if codes[v] is None]
-    for start in range(0, len(open_), window):
-        add(open_[start : start + window], total)
-    num_overflow = codes.count(None)
-    for vector in range(len(rows)):
-        match(vector, -2.0)
-    return Cover(members, [code for code in codes if code is not None], num_overflow)
+
+def cover(vectors: Tensor, threshold: float, window: int) -> Cover:
+    """All vectors, window by window."""
+    table = Cover(vectors, threshold)
+    for start in range(0, len(vectors), window):
+        table.add(range(start, min(start + window, len(vectors))))
+    return table
+
+
+def admitted(
+    keys: Tensor,
+    values: Tensor,
+    ranked: Sequence[int],
+    thresholds: tuple[float, float],
+    capacity: tuple[int, int, int],
+    chunk: int,
+) -> tuple[list[int], Cover, Cover]:
+    """Tokens that find a place by rank, ascending, and the tables; ``ranked`` are all of them."""
+    key_table = Cover(keys, thresholds[0], capacity[0])
+    value_table = Cover(values, thresholds[1], capacity[1])
+    tokens: list[int] = []
+    for start in range(0, len(ranked), chunk):
+        if len(tokens) < capacity[2]:
+            fitting = value_table.add(key_table.add(ranked[start : start + chunk]))
+            tokens += fitting[: capacity[2] - len(tokens)]
+    return sorted(tokens), key_table, value_table
 
 
 def cos_sin_table(num_positions: int, head_size: int, base: float = 10_000.0) -> Tensor:

@@ -37,14 +37,14 @@ class SpindleConfig(BaseModel):
     )
     method: MethodName = Field(
         "evict",
-        description="what a band does with its context: evict tokens; merge them all in a "
-        "codebook; or both: evict, then merge what is left",
+        description="what a band does with its context: evict tokens; merge them, all that find an "
+        "entry in a codebook; or both, with fewer codes and more entries",
     )
     band_methods: Annotated[tuple[MethodName, ...], Field(strict=False)] | None = Field(
         None, description="a method per band, shallow to deep, in place of 'method'"
     )
     merge_factor: Annotated[float, Field(ge=1, le=64)] = Field(
-        2.0, description="under 'both': tokens merged into the space of one"
+        2.0, description="under 'both': most tokens merged into the space of one"
     )
     key_share: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.5, description="share of a codebook's entries that goes to keys, the rest to values"

@@ -232,8 +232,7 @@ class TwinLayer:
             cos_sin,
             scale=self.scale,
         )
-        found = self.outputs[prompt_len:].float()
-        return float((twin - found).norm() / twin.norm())
+        return _relative(twin, self.outputs[prompt_len:])
 
     def error(self, kept: Tensor, first: int, stop: int) -> float:
         """Relative error of outputs ``[first, stop)`` against the twin; inf for a NaN."""
@@ -245,5 +244,10 @@ class TwinLayer:
             num_context=self.num_context,
             scale=self.scale,
         )
-        error = ((twin - self.outputs[first:stop].float()).norm() / twin.norm()).item()
-        return math.inf if math.isnan(error) else error
+        return _relative(twin, self.outputs[first:stop])
+
+
+def _relative(expected: Tensor, found: Tensor) -> float:
+    """Error of the 2-norm; inf for a NaN, which no comparison would find."""
+    error = ((expected - found.float()).norm() / expected.norm()).item()
+    return math.inf if math.isnan(error) else error

@@ -23,7 +23,6 @@ class Case:
 
     vectors: Tensor
     threshold: float
-    capacity: int | None
     window: int
 
 
@@ -39,7 +38,6 @@ def cases(draw: st.DrawFn, min_tokens: int = 1) -> Case:
     return Case(
         lengths * (centres[which] + draw(st.sampled_from([0.05, 0.2, 1.0])) * noise),
         draw(st.sampled_from([0.5, 0.8, 0.9, 0.95, 0.98])),
-        draw(st.none() | st.integers(1, 30)),
         draw(st.integers(1, 35)),
     )
 
@@ -47,11 +45,10 @@ def cases(draw: st.DrawFn, min_tokens: int = 1) -> Case:
 @settings(max_examples=200)
 @given(cases())
 def test_the_cover_equals_the_oracle(case: Case) -> None:
-    """Members, codes and overflow are those of the plain loops."""
-    codebook = windowed_cover(case.vectors, case.threshold, case.capacity, case.window)
-    expected = oracles.cover(case.vectors, case.threshold, case.capacity, case.window)
+    """Members and codes are those of the plain loops."""
+    codebook = windowed_cover(case.vectors, case.threshold, case.window)
+    expected = oracles.cover(case.vectors, case.threshold, case.window)
     assert codebook.codes.tolist() == expected.codes
-    assert codebook.num_overflow == expected.num_overflow
     directions = case.vectors / case.vectors.norm(dim=-1, keepdim=True)
     torch.testing.assert_close(codebook.entries, directions[expected.members])
 
@@ -59,31 +56,17 @@ def test_the_cover_equals_the_oracle(case: Case) -> None:
 @given(cases())
 def test_one_window_is_the_full_cover(case: Case) -> None:
     """A window of all vectors, or more, is no window."""
-    full = greedy_cover(case.vectors, case.threshold, case.capacity)
+    full = greedy_cover(case.vectors, case.threshold)
     for window in (len(case.vectors), len(case.vectors) + case.window):
-        codebook = windowed_cover(case.vectors, case.threshold, case.capacity, window)
+        codebook = windowed_cover(case.vectors, case.threshold, window)
         assert torch.equal(codebook.entries, full.entries)
         assert torch.equal(codebook.codes, full.codes)
-        assert codebook.num_overflow == full.num_overflow
-
-
-@given(cases())
-def test_the_capacity_holds_and_overflow_is_nearest(case: Case) -> None:
-    """At most ``capacity`` entries; who is below the threshold is counted, and has the nearest."""
-    codebook = windowed_cover(case.vectors, case.threshold, case.capacity, case.window)
-    assert case.capacity is None or len(codebook.entries) <= case.capacity
-    assert case.capacity is not None or codebook.num_overflow == 0
-    directions = case.vectors / case.vectors.norm(dim=-1, keepdim=True)
-    best = (directions @ codebook.entries.T).amax(dim=-1)
-    far = codebook.similarity < case.threshold - 1e-5
-    assert codebook.num_overflow == int(far.sum())
-    torch.testing.assert_close(codebook.similarity[far], best[far])
 
 
 @given(cases())
 def test_the_error_is_bounded_by_the_threshold(case: Case) -> None:
-    """Without a capacity, no vector moves by more than sqrt(2 (1 - threshold)) of its length."""
-    codebook = windowed_cover(case.vectors, case.threshold, None, case.window)
+    """No vector moves by more than sqrt(2 (1 - threshold)) of its length."""
+    codebook = windowed_cover(case.vectors, case.threshold, case.window)
     error = (reconstruct(codebook) - case.vectors).norm(dim=-1)
     bound = math.sqrt(2 * (1 - case.threshold)) * case.vectors.norm(dim=-1)
     assert bool((error <= bound * (1 + 1e-4)).all())
@@ -91,8 +74,8 @@ def test_the_error_is_bounded_by_the_threshold(case: Case) -> None:
 
 @given(cases())
 def test_similarity_tells_the_error(case: Case) -> None:
-    """Each vector's error is sqrt(2 (1 - similarity)) of its length, overflow or not."""
-    codebook = windowed_cover(case.vectors, case.threshold, case.capacity, case.window)
+    """Each vector's error is sqrt(2 (1 - similarity)) of its length."""
+    codebook = windowed_cover(case.vectors, case.threshold, case.window)
     error = (reconstruct(codebook) - case.vectors).norm(dim=-1) / case.vectors.norm(dim=-1)
     expected = (2 * (1 - codebook.similarity)).sqrt()
     torch.testing.assert_close(error, expected, rtol=0, atol=2e-3)
@@ -101,7 +84,7 @@ def test_similarity_tells_the_error(case: Case) -> None:
 @given(cases())
 def test_lengths_survive(case: Case) -> None:
     """A reconstructed vector is as long as the vector was, whatever its entry."""
-    codebook = windowed_cover(case.vectors, case.threshold, case.capacity, case.window)
+    codebook = windowed_cover(case.vectors, case.threshold, case.window)
     torch.testing.assert_close(reconstruct(codebook).norm(dim=-1), case.vectors.norm(dim=-1))
 
 
@@ -109,8 +92,8 @@ def test_lengths_survive(case: Case) -> None:
 def test_lengths_decide_nothing(case: Case, factor: float) -> None:
     """Longer or shorter vectors of the same directions have the same codes."""
     lengths = torch.linspace(1, factor, len(case.vectors)).unsqueeze(-1)
-    before = windowed_cover(case.vectors, case.threshold, case.capacity, case.window)
-    after = windowed_cover(lengths * case.vectors, case.threshold, case.capacity, case.window)
+    before = windowed_cover(case.vectors, case.threshold, case.window)
+    after = windowed_cover(lengths * case.vectors, case.threshold, case.window)
     assert torch.equal(before.codes, after.codes)
 
 

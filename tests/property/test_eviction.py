@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import oracles
-from vllm_spindle.core.eviction import gather_kept, select_kept, select_union
+from vllm_spindle.core.eviction import gather_kept, select_kept
 
 
 @st.composite
@@ -27,7 +27,9 @@ def choices(draw: st.DrawFn, max_group: int = 5, with_ties: bool = False) -> tup
 def test_union_equals_the_oracle(choice: tuple[Tensor, int]) -> None:
     """The union is what heads taking turns choose."""
     scores, num_kept = choice
-    assert select_union(scores, num_kept).tolist() == oracles.union_by_rank(scores, num_kept)
+    assert select_kept(scores, num_kept, "union").tolist() == oracles.union_by_rank(
+        scores, num_kept
+    )
 
 
 @given(choices())
@@ -36,7 +38,7 @@ def test_union_holds_each_heads_favourites(choice: tuple[Tensor, int]) -> None:
     scores, num_kept = choice
     rounds = num_kept // scores.shape[1]
     best = scores.topk(rounds, dim=-1).indices
-    kept = select_union(scores, num_kept)
+    kept = select_kept(scores, num_kept, "union")
     for kv_head, kept_of_head in enumerate(kept.tolist()):
         assert set(best[kv_head].flatten().tolist()) <= set(kept_of_head)
 
@@ -79,8 +81,8 @@ def test_nothing_evicted_outscores_what_is_kept(gqa: str, choice: tuple[Tensor, 
 def test_a_larger_budget_evicts_nothing_kept(choice: tuple[Tensor, int]) -> None:
     """The union at N - 1 lies within the union at N."""
     scores, num_kept = choice
-    smaller = select_union(scores, max(0, num_kept - 1)).tolist()
-    larger = select_union(scores, num_kept).tolist()
+    smaller = select_kept(scores, max(0, num_kept - 1), "union").tolist()
+    larger = select_kept(scores, num_kept, "union").tolist()
     assert all(set(s) <= set(b) for s, b in zip(smaller, larger, strict=True))
 
 
@@ -88,7 +90,7 @@ def test_a_larger_budget_evicts_nothing_kept(choice: tuple[Tensor, int]) -> None
 def test_gathering_keeps_rows_whole(choice: tuple[Tensor, int]) -> None:
     """Gathered rows are the kept tokens' own, head by head."""
     scores, num_kept = choice
-    kept = select_union(scores, num_kept)
+    kept = select_kept(scores, num_kept, "union")
     heads = torch.arange(scores.shape[0]).view(-1, 1, 1).expand(-1, scores.shape[2], -1)
     positions = torch.arange(scores.shape[2]).view(1, -1, 1).expand(scores.shape[0], -1, -1)
     gathered = gather_kept(torch.cat([heads, positions], dim=-1), kept)

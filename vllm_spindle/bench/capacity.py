@@ -92,7 +92,9 @@ def summarise(result: dict[str, Any]) -> dict[str, Any]:
         "mean_decode_batch": _rate(sum(batches), len(batches)),
         "merged_vectors": vectors,
         "codebook_fill": _rate(codebooks.get("entries", 0), codebooks.get("capacity", 0)),
-        "codebook_overflow": _rate(codebooks.get("overflow", 0), vectors),
+        "codebook_overflow": _rate(
+            codebooks.get("overflow", 0), vectors + codebooks.get("overflow", 0)
+        ),
         "codebook_similarity": _rate(codebooks.get("similarity_sum", 0), vectors),
     }
 

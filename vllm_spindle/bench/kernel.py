@@ -147,7 +147,6 @@ def _random_codebook(num_entries: int, num_tokens: int, head_size: int) -> Codeb
         codes=torch.randint(0, num_entries, (num_tokens,)),
         norms=((0.5 + torch.rand(num_tokens)) * head_size**0.5).half().float(),
         similarity=torch.ones(num_tokens),
-        num_overflow=0,
     )
 
 

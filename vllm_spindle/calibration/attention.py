@@ -12,6 +12,7 @@ def attend(
     queries: Tensor,
     context_keys: Tensor,
     context_values: Tensor,
+    is_there: Tensor,
     tail_keys: Tensor,
     tail_values: Tensor,
     scale: float,
@@ -22,6 +23,7 @@ def attend(
         queries: rotated. [K, G, Q, D].
         context_keys: rotated. [K, C, D].
         context_values: [K, C, D].
+        is_there: False where a kv head has fewer context tokens. [K, C], bool.
         tail_keys: rotated. [K, T, D].
         tail_values: [K, T, D].
         scale: softmax scale.
@@ -35,4 +37,5 @@ def attend(
     logits = (queries.float() * scale) @ keys.transpose(-1, -2)  # [K, G, Q, C + T]
     future = torch.ones(num_queries, num_tail, dtype=torch.bool).triu(num_tail - num_queries + 1)
     logits[..., num_context:].masked_fill_(future, float("-inf"))
+    logits[..., :num_context].masked_fill_(~is_there[:, None, None], float("-inf"))
     return torch.softmax(logits, dim=-1) @ values

@@ -19,8 +19,9 @@ from vllm_spindle.calibration.attention import attend
 ATTENTION = "spindle_calibration"
 TOLERANCE = 0.02  # as ``engine/rotary_table.py``
 
-Context = tuple[Tensor, Tensor]
-"""Keys (rotated) and values of the context tokens that are left. Twice [K, C, D]."""
+Context = tuple[Tensor, Tensor, Tensor]
+"""Keys (rotated) and values of the context tokens that are left, twice [K, C, D], and which of them
+a kv head has, [K, C]."""
 
 
 @dataclass(frozen=True)

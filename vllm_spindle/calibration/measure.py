@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vllm_spindle.calibration.attention import attend
 from vllm_spindle.calibration.capture import CapturedPrompt, replay
-from vllm_spindle.calibration.reduce import Reduced, cover_sizes, reduce_layer
+from vllm_spindle.calibration.reduce import Reduced, cover_sizes, dense, reduce_layer
 from vllm_spindle.config import MethodName, SpindleConfig
 from vllm_spindle.policy import SpindlePolicy
 
@@ -29,7 +29,7 @@ class BandMeasure:
     Attributes:
         window_error, answer_error: relative L2 error of the attention output, [0, ...).
         divergence: KL of the answer's next-token distributions, nats.
-        overflow: share of the merged vectors without an entry above the threshold.
+        overflow: share of the context tokens turned away for want of an entry.
         region_blocks: blocks of the band's reduced region, the same for all methods.
     """
 
@@ -144,7 +144,7 @@ class Bench:
     def _layer(self, i: int, layer_idx: int, method: MethodName | None) -> Reduced:
         if method is None:
             layer = self._prompts[i].layers[layer_idx]
-            return Reduced((layer.keys[:, :0], layer.values[:, :0]), 0)  # all of it dense
+            return Reduced(dense(layer.keys[:, :0], layer.values[:, :0]), 0)  # none of it reduced
         key = (i, layer_idx, method)
         if key not in self._reduced:
             plan = self._plans[i][self.policy.band_of_layer(layer_idx)]
@@ -179,7 +179,7 @@ def _output_errors(prompt: CapturedPrompt, layer_idx: int, reduced: Reduced) -> 
     """Relative error of a layer's outputs, at the window's queries and at the answer's."""
     layer, start = prompt.layers[layer_idx], reduced.num_context
     tail = (layer.keys[:, start:], layer.values[:, start:])
-    whole = (layer.keys[:, :start], layer.values[:, :start])
+    whole = dense(layer.keys[:, :start], layer.values[:, :start])
     expected = attend(layer.queries, *whole, *tail, layer.scale)
     found = attend(layer.queries, *reduced.context, *tail, layer.scale)
     error = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-12)

@@ -4,21 +4,23 @@ The engine's steps without its blocks: the same choice, the same cover, the same
 Shapes: K kv heads, C context tokens that are left, D head size.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from vllm_spindle.calibration.capture import CapturedLayer, CapturedPrompt, Context
+from vllm_spindle.calibration.capture import CapturedPrompt, Context
 from vllm_spindle.config import MethodName
+from vllm_spindle.core.admission import Admitted
 from vllm_spindle.core.budget import BandPlan
-from vllm_spindle.core.choice import ChoiceRule, choose_kept
-from vllm_spindle.core.codebook import Codebook
+from vllm_spindle.core.choice import ChoiceRule, rank_context
+from vllm_spindle.core.codebook import Codebook, cover_heads
 from vllm_spindle.core.eviction import gather_kept
 from vllm_spindle.core.rotary import rotate_keys, unrotate_keys
 from vllm_spindle.engine.codebook_shape import codebook_shape
-from vllm_spindle.kernels.numba_cover import cover_layer
+from vllm_spindle.kernels.numba_cover import WINDOW, CompiledBook, admit_layer
 from vllm_spindle.policy import SpindlePolicy
 
 
@@ -27,9 +29,9 @@ class Reduced:
     """What is left, and what it is made of.
 
     Attributes:
-        context: keys and values, twice [K, C, D].
+        context: keys, values, and which of them are there.
         num_context: context tokens before.
-        overflow: share of the merged vectors that found no entry above their threshold.
+        overflow: share of the context tokens turned away for want of an entry.
     """
 
     context: Context
@@ -55,31 +57,35 @@ def reduce_layer(
     """One layer's context in ``plan.reduced_blocks`` blocks."""
     layer = prompt.layers[layer_idx]
     num_context = plan.tail_block * policy.block_size
-    num_kept = plan.reduced_blocks * policy.block_size
-    everyone = torch.arange(num_context).expand(layer.keys.shape[0], -1)
     if not plan.is_reduced:
-        return Reduced(_gather(layer, everyone), num_context)
+        return Reduced(
+            dense(layer.keys[:, :num_context], layer.values[:, :num_context]), num_context
+        )
     if method == "evict":
-        kept = _choose(policy, prompt, layer_idx, num_context, num_kept)
-        return Reduced(_gather(layer, kept), num_context)
+        num_kept = plan.reduced_blocks * policy.block_size
+        kept = _rank(policy, prompt, layer_idx, num_context, num_kept)
+        context = dense(gather_kept(layer.keys, kept), gather_kept(layer.values, kept))
+        return Reduced(context, num_context)
     head_size = layer.keys.shape[-1]
     shape = codebook_shape(policy.config, method, plan, policy.block_size, head_size)
     if shape.num_tokens == 0:
-        return Reduced(_gather(layer, everyone[:, :0]), num_context)
-    positions = everyone
-    if shape.num_tokens < num_context:
-        positions = _choose(policy, prompt, layer_idx, num_context, shape.num_tokens)
-    keys, values = _gather(layer, positions)
-    keys = unrotate_keys(keys, positions, prompt.cos_sin)
-    config = policy.config
-    key_books = cover_layer(keys, config.theta_key, shape.num_key_entries)
-    value_books = cover_layer(values.float(), config.theta_value, shape.num_value_entries)
-    context = (
-        rotate_keys(_rounded(key_books), positions, prompt.cos_sin).bfloat16(),
-        _rounded(value_books),
+        return Reduced(dense(layer.keys[:, :0], layer.values[:, :0]), num_context)
+    positions = torch.arange(num_context)
+    heads = admit_layer(
+        unrotate_keys(layer.keys[:, :num_context], positions, prompt.cos_sin),
+        layer.values[:, :num_context],
+        _rank(policy, prompt, layer_idx, num_context, num_context),
+        (policy.config.theta_key, policy.config.theta_value),
+        (shape.num_key_entries, shape.num_value_entries, shape.num_tokens),
     )
-    overflow = sum(book.num_overflow for book in (*key_books, *value_books))
-    return Reduced(context, num_context, overflow / (2 * positions.numel()))
+    num_refused = sum(head.num_refused for head in heads)
+    context = _context(heads, prompt.cos_sin)
+    return Reduced(context, num_context, num_refused / (len(heads) * num_context))
+
+
+def dense(keys: Tensor, values: Tensor) -> Context:
+    """A context that all kv heads have. Twice [K, C, D]."""
+    return keys, values, torch.ones(keys.shape[:2], dtype=torch.bool)
 
 
 def cover_sizes(policy: SpindlePolicy, prompt: CapturedPrompt, layer_idx: int) -> CoverSizes:
@@ -90,8 +96,8 @@ def cover_sizes(policy: SpindlePolicy, prompt: CapturedPrompt, layer_idx: int) -
     values = layer.values[:, : prompt.prompt_len].float()
     config = policy.config
     return CoverSizes(
-        keys=_shares(cover_layer(keys, config.theta_key, None)),
-        values=_shares(cover_layer(values, config.theta_value, None)),
+        keys=_shares(cover_heads(keys, "head", config.theta_key, WINDOW, CompiledBook)),
+        values=_shares(cover_heads(values, "head", config.theta_value, WINDOW, CompiledBook)),
     )
 
 
@@ -99,7 +105,7 @@ def _shares(books: Iterable[Codebook]) -> tuple[float, ...]:
     return tuple(len(book.entries) / len(book.codes) for book in books)
 
 
-def _choose(
+def _rank(
     policy: SpindlePolicy,
     prompt: CapturedPrompt,
     layer_idx: int,
@@ -107,7 +113,7 @@ def _choose(
     num_kept: int,
 ) -> Tensor:
     layer, config = prompt.layers[layer_idx], policy.config
-    return choose_kept(
+    return rank_context(
         ChoiceRule(config.score, config.pool_kernel, config.gqa, config.seed),
         layer.queries[:, :, : -len(prompt.answer)],
         layer.keys[:, : prompt.prompt_len],
@@ -117,15 +123,16 @@ def _choose(
     )
 
 
-def _gather(layer: CapturedLayer, positions: Tensor) -> Context:
-    return gather_kept(layer.keys, positions), gather_kept(layer.values, positions)
-
-
-def _rounded(books: Iterable[Codebook]) -> Tensor:
-    """The vectors as a region gives them back: entries in bf16, norms in fp16. [K, C, D]."""
-    return torch.stack(
-        [
-            book.entries.bfloat16().float()[book.codes] * book.norms.half().float()[:, None]
-            for book in books
-        ]
+def _context(heads: Sequence[Admitted], cos_sin: Tensor) -> Context:
+    """Merged tokens as a region gives them back: entries in bf16, norms in fp16."""
+    keys = [rotate_keys(_rounded(head.keys), head.tokens, cos_sin).bfloat16() for head in heads]
+    lengths = torch.tensor([len(head.tokens) for head in heads])
+    return (
+        pad_sequence(keys, batch_first=True),
+        pad_sequence([_rounded(head.values) for head in heads], batch_first=True),
+        torch.arange(int(lengths.max())) < lengths[:, None],
     )
+
+
+def _rounded(book: Codebook) -> Tensor:
+    return book.entries.bfloat16().float()[book.codes] * book.norms.half().float()[:, None]

@@ -31,7 +31,7 @@ ROWS = (
 CODEBOOK_ROWS = (
     ("keys and values merged", "merged_vectors", "{:.0f}"),
     ("codebook entries used", "codebook_fill", "{:.1%}"),
-    ("without an entry above theta", "codebook_overflow", "{:.1%}"),
+    ("turned away for want of an entry", "codebook_overflow", "{:.1%}"),
     ("cosine to the entry, mean", "codebook_similarity", "{:.3f}"),
 )
 

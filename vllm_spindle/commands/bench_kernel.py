@@ -85,14 +85,13 @@ def _build_table(build: dict[str, Any]) -> Table:
         caption=f"wall {1e3 * wall['min']:.0f} ms min, {1e3 * wall['median']:.0f} ms median; "
         f"processor {1e3 * processor['min']:.0f} ms min, {1e3 * processor['median']:.0f} ms median",
     )
-    for title in ("first head", "entries", "overflow", "mean similarity"):
+    for title in ("first head", "tokens in", "entries", "mean similarity"):
         table.add_column(title, justify="left" if title == "first head" else "right")
-    for name, sides in build["quality"].items():
-        for side, quality in sides.items():
-            table.add_row(
-                f"{name}, {side}",
-                str(quality["entries"]),
-                str(quality["overflow"]),
-                f"{quality['mean_similarity']:.4f}",
-            )
+    for name, quality in build["quality"].items():
+        table.add_row(
+            name,
+            str(quality["tokens"]),
+            f"{quality['key_entries']} + {quality['value_entries']}",
+            f"{quality['key_similarity']:.4f}, {quality['value_similarity']:.4f}",
+        )
     return table

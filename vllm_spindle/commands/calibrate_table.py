@@ -38,7 +38,7 @@ def _bands(report: dict[str, Any]) -> Table:
     table = Table(
         title="Each band alone, by method, in the same blocks",
         caption="relative error of attention outputs at the answer's queries (it decides) and the "
-        "window's; overflow: share of merged vectors without an entry",
+        "window's; overflow: share of context tokens without an entry",
     )
     for title in ("layers", "method", "blocks", "error\nanswer", "error\nwindow", "KL", "overflow"):
         table.add_column(title, justify="right")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vllm_spindle.core.eviction import GqaName, select_kept
+from vllm_spindle.core.eviction import GqaName, rank_tokens
 from vllm_spindle.core.scoring import (
     ScoreName,
     paper_importance,
@@ -38,7 +38,23 @@ def choose_kept(
     num_context: int,
     num_kept: int,
 ) -> Tensor:
-    """Positions of the context tokens to keep, ascending.
+    """Positions of the context tokens to keep, ascending; see ``rank_context``."""
+    ranked = rank_context(
+        rule, queries, keys, scale=scale, num_context=num_context, num_kept=num_kept
+    )
+    return ranked.sort(dim=-1).values
+
+
+def rank_context(
+    rule: ChoiceRule,
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    scale: float,
+    num_context: int,
+    num_kept: int,
+) -> Tensor:
+    """Positions of the context tokens to keep, the most important first.
 
     Args:
         rule: scoring and GQA rule.
@@ -62,4 +78,4 @@ def choose_kept(
             scores = paper_importance(attention, num_context)
         else:
             scores = pooled_importance(attention, num_context, pool_kernel=rule.pool_kernel)
-    return select_kept(scores, num_kept, rule.gqa)
+    return rank_tokens(scores, num_kept, rule.gqa)

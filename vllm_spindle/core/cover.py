@@ -1,7 +1,7 @@
-"""Cover directions by a few of them: the steps that a codebook is built from.
+"""Cover directions by a few of them: the two steps that a codebook is built from.
 
-Shapes: N directions (unit vectors), E entries, D head size. Both steps work on ``codes``, [N],
-int64, in place: the entry of each direction, or ``UNCOVERED``.
+Shapes: N directions (unit vectors), E entries, D head size. Codes, [N], int64, are the entry of
+each direction, or ``UNCOVERED``.
 Method: SpindleKV eq. 9-13, Algorithm 1 (arXiv:2507.06517); see ``codebook.py`` for what differs.
 """
 
@@ -12,45 +12,35 @@ UNCOVERED = -1
 GRAPH_ROWS = 4096  # rows of the similarity matrix at a time; the graph itself is N * N bytes
 
 
-def assign_nearest(directions: Tensor, codes: Tensor, entries: Tensor, threshold: float) -> None:
-    """Write the nearest entry above the threshold into the codes that are UNCOVERED."""
-    uncovered = (codes == UNCOVERED).nonzero().squeeze(-1)
-    if len(entries) == 0 or len(uncovered) == 0:
-        return
-    best, nearest = (directions[uncovered] @ entries.T).clamp_(max=1).max(dim=-1)
-    codes[uncovered] = torch.where(best > threshold, nearest, UNCOVERED)
+def nearest_entry(directions: Tensor, entries: Tensor, threshold: float) -> Tensor:
+    """Code of the nearest entry above the threshold. entries: [E, D], E at least 1. [N]."""
+    best, nearest = (directions @ entries.T).clamp_(max=1).max(dim=-1)
+    return torch.where(best > threshold, nearest, UNCOVERED)
 
 
-def cover_greedily(
-    directions: Tensor, codes: Tensor, threshold: float, capacity: int, *, first_code: int
-) -> Tensor:
-    """Greedy cover of the UNCOVERED: the highest degree first, ties to the lowest index.
-
-    Writes the codes of those who are covered.
+def cover_greedily(directions: Tensor, threshold: float, capacity: int) -> tuple[Tensor, Tensor]:
+    """Greedy cover: the highest degree first, ties to the lowest index.
 
     Args:
         directions: [N, D].
-        codes: [N].
         threshold: cosine above which two directions are neighbours.
         capacity: most members to choose.
-        first_code: code of the first member chosen.
 
     Returns:
-        Members chosen, in order. [E], int64.
+        Codes, [N], and the members chosen, in order, [E], int64.
     """
-    uncovered = (codes == UNCOVERED).nonzero().squeeze(-1)
-    graph = _graph(directions[uncovered], threshold)
+    graph = _graph(directions, threshold)
     degrees = graph.sum(dim=-1)  # uncovered neighbours of each, itself included
-    is_open = torch.ones_like(uncovered, dtype=torch.bool)
+    codes = torch.full_like(degrees, UNCOVERED)
     members: list[int] = []
-    while len(members) < capacity and bool(is_open.any()):
+    while len(members) < capacity and bool((codes == UNCOVERED).any()):
+        is_open = codes == UNCOVERED
         member = int(degrees.masked_fill(~is_open, -1).argmax())  # the first of equals
         neighbours = (graph[member] & is_open).nonzero().squeeze(-1)
-        codes[uncovered[neighbours]] = first_code + len(members)
-        is_open[neighbours] = False
+        codes[neighbours] = len(members)
         degrees -= graph[neighbours].sum(dim=0)
         members.append(member)
-    return uncovered[members]
+    return codes, torch.tensor(members, dtype=torch.int64, device=directions.device)
 
 
 def _graph(directions: Tensor, threshold: float) -> Tensor:

@@ -15,7 +15,12 @@ GqaName = Literal["union", "mean", "unfold"]
 
 
 def select_kept(scores: Tensor, num_kept: int, gqa: GqaName) -> Tensor:
-    """Positions to keep, ascending.
+    """Positions to keep, ascending; see ``rank_tokens``."""
+    return rank_tokens(scores, num_kept, gqa).sort(dim=-1).values
+
+
+def rank_tokens(scores: Tensor, num_kept: int, gqa: GqaName) -> Tensor:
+    """Positions to keep, the most important first.
 
     Args:
         scores: importance per query head, higher is kept. [K, G, C], float32.
@@ -32,7 +37,7 @@ def select_kept(scores: Tensor, num_kept: int, gqa: GqaName) -> Tensor:
     if not 0 <= num_kept <= scores.shape[-1]:
         raise ValueError(f"num_kept must be in [0, {scores.shape[-1]}], got {num_kept}")
     if gqa == "union":
-        return select_union(scores, num_kept)
+        return rank_union(scores, num_kept)
     if gqa == "mean":
         return _top(scores.mean(dim=1), num_kept)
     if gqa == "unfold":
@@ -40,7 +45,7 @@ def select_kept(scores: Tensor, num_kept: int, gqa: GqaName) -> Tensor:
     raise ValueError(f"gqa must be union, mean or unfold, got {gqa!r}")
 
 
-def select_union(scores: Tensor, num_kept: int) -> Tensor:
+def rank_union(scores: Tensor, num_kept: int) -> Tensor:
     """Union of the query heads' choices, filled by rank until the budget is spent.
 
     The heads of a group take turns: first the best token of each head, then the second best,
@@ -52,7 +57,7 @@ def select_union(scores: Tensor, num_kept: int) -> Tensor:
         num_kept: N, per kv head.
 
     Returns:
-        Ascending positions. [K, N], int64.
+        Positions, best first. [K, N], int64.
     """
     num_kv_heads, group, num_context = scores.shape
     if group == 1:
@@ -68,7 +73,7 @@ def select_union(scores: Tensor, num_kept: int) -> Tensor:
 
 
 def _top(scores: Tensor, num_kept: int) -> Tensor:
-    return torch.topk(scores, num_kept, dim=-1, sorted=False).indices.sort(dim=-1).values
+    return torch.topk(scores, num_kept, dim=-1).indices
 
 
 def gather_kept(tokens: Tensor, kept: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def attend_codebook(
     queries: Tensor,
     key_codebooks: Sequence[Codebook],
     value_codebooks: Sequence[Codebook],
-    positions: Tensor,
+    positions: Sequence[Tensor],
     tail_keys: Tensor,
     tail_values: Tensor,
     cos_sin: Tensor,
@@ -79,7 +79,8 @@ def attend_codebook(
         key_codebooks: of un-rotated keys; their codes, one table after the other, are the merged
             tokens head by head, as ``cover_heads`` gives them.
         value_codebooks: the same for values; their scope may differ.
-        positions: of the merged tokens, [K, N] shared by a group's query heads, or [K, G, N].
+        positions: of each kv head's merged tokens: K times [n] shared by a group's query heads,
+            or K times [G, n]. A tensor [K, N] or [K, G, N] will do.
         tail_keys: rotated keys of the dense tokens. [T, K, D].
         tail_values: [T, K, D].
         cos_sin: see ``rotate_keys``. [P, D].
@@ -91,18 +92,23 @@ def attend_codebook(
     num_queries, num_heads, head_size = queries.shape
     num_tail, num_kv_heads, _ = tail_keys.shape
     group = num_heads // num_kv_heads
-    shape = (*positions.shape, head_size)
-    merged_keys = torch.cat([reconstruct(codebook) for codebook in key_codebooks]).view(shape)
-    merged_values = torch.cat([reconstruct(codebook) for codebook in value_codebooks]).view(shape)
-    merged_keys = rotate_keys(merged_keys, positions, cos_sin)
+    sizes = [own.numel() for own in positions]
+    flat_keys = torch.split(torch.cat([reconstruct(c) for c in key_codebooks]), sizes)
+    flat_values = torch.split(torch.cat([reconstruct(c) for c in value_codebooks]), sizes)
     outputs = torch.empty(queries.shape, dtype=torch.float32)
     for head in range(num_heads):
         kv_head = head // group
-        own = (kv_head,) if positions.dim() == 2 else (kv_head, head % group)
+        places = positions[kv_head]
+        merged_keys = rotate_keys(
+            flat_keys[kv_head].view(*places.shape, head_size), places, cos_sin
+        )
+        merged_values = flat_values[kv_head].view(*places.shape, head_size)
+        if places.dim() == 2:
+            merged_keys, merged_values = merged_keys[head % group], merged_values[head % group]
         for row in range(num_queries):
             seen = num_tail - num_queries + row + 1
-            keys = torch.cat([merged_keys[own], tail_keys[:seen, kv_head].float()])
-            values = torch.cat([merged_values[own], tail_values[:seen, kv_head].float()])
+            keys = torch.cat([merged_keys, tail_keys[:seen, kv_head].float()])
+            values = torch.cat([merged_values, tail_values[:seen, kv_head].float()])
             weights = torch.softmax(keys @ queries[row, head].float() * scale, dim=0)
             outputs[row, head] = weights @ values
     return outputs

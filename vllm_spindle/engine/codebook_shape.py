@@ -16,10 +16,11 @@ MAX_CODE_SHARE = 3 / 4
 def codebook_shape(
     config: SpindleConfig, method: str, plan: BandPlan, block_size: int, head_size: int
 ) -> RegionShape:
-    """Tokens merged and entries of a band's region, per kv head.
+    """Most tokens, and entries, of a band's region, per kv head.
 
-    ``merge`` takes the whole context, ``both`` ``merge_factor`` tokens into the space of one;
-    either takes fewer where their codes would leave too little room for entries.
+    ``merge`` has codes for the whole context, ``both`` for ``merge_factor`` tokens in the space of
+    one; either for fewer where codes would leave too little room for entries. How many tokens find
+    an entry is up to them: codes may be left over.
 
     Args:
         config: the dials.

@@ -68,14 +68,14 @@ class SpindleStatLogger(StatLoggerBase):
 
 BAND_COUNTERS = {
     "blocks_freed": "KV-cache blocks freed after prefill, by band",
-    "tokens_evicted": "prompt tokens evicted from each layer of a band, per kv head",
+    "tokens_evicted": "prompt tokens evicted, mean of a band's layers and kv heads",
     "prompt_blocks": "KV-cache blocks that prompts filled in prefill, by band",
     "held_blocks": "KV-cache blocks that prompts hold after their reduction, by band",
-    "tokens_merged": "prompt tokens kept as codes in each layer of a band, per kv head",
+    "tokens_merged": "prompt tokens kept as codes, mean of a band's layers and kv heads",
     "codebook_vectors": "keys and values given a code, over heads and layers, by band",
     "codebook_entries": "codebook entries used, over heads and layers, by band",
     "codebook_capacity": "codebook entries that there was room for, by band",
-    "codebook_overflow": "keys and values with no entry above the threshold, by band",
+    "codebook_overflow": "keys and values turned away for want of an entry, by band",
     "codebook_similarity_sum": "cosines of keys and values to their entries, summed, by band",
 }
 

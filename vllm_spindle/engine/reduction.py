@@ -43,12 +43,12 @@ CODEBOOK_COUNTS = tuple(each.name for each in fields(CodebookStats))
 
 @dataclass
 class ReductionStats:
-    """What was done since the last ``take``. Tokens are per layer of a band."""
+    """What was done since the last ``take``. Tokens: mean over a band's layers and kv heads."""
 
     seconds: float = 0.0
     num_reductions: int = 0
-    tokens_evicted: list[int] = field(default_factory=list)
-    tokens_merged: list[int] = field(default_factory=list)
+    tokens_evicted: list[float] = field(default_factory=list)
+    tokens_merged: list[float] = field(default_factory=list)
 
 
 class Reducer:
@@ -233,10 +233,11 @@ class Reducer:
                 continue
             row_blocks = block_ids(band, end.row)
             region = self.regions[band]
+            kept = 0.0
             for layer in self.bands[band]:
                 prompt = self._read_prompt(layer, end, row_blocks[: plan.prompt_blocks])
-                region.fill(layer, prompt, plan, row_blocks[plan.first_block : plan.tail_block])
-            kept = region.tokens_kept(plan)
+                blocks = row_blocks[plan.first_block : plan.tail_block]
+                kept += region.fill(layer, prompt, plan, blocks) / len(self.bands[band])
             self._stats.tokens_evicted[band] += plan.tail_block * self.policy.block_size - kept
             if isinstance(region, CodebookRegion):
                 self._stats.tokens_merged[band] += kept

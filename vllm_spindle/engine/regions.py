@@ -6,14 +6,14 @@ tokens, N tokens kept, D head size.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from vllm_spindle.core.admission import Admitted
 from vllm_spindle.core.budget import BandPlan
-from vllm_spindle.core.choice import ChoiceRule, choose_kept
-from vllm_spindle.core.codebook import Codebook
+from vllm_spindle.core.choice import ChoiceRule, choose_kept, rank_context
 from vllm_spindle.core.eviction import gather_kept
 from vllm_spindle.core.rotary import unrotate_keys
 from vllm_spindle.engine.codebook_shape import codebook_shape
@@ -60,20 +60,32 @@ class LayerPrompt:
     rule: ChoiceRule
 
     def choose(self, scale: float, num_context: int, num_kept: int) -> Tensor:
-        """Context positions to keep."""
-        return choose_kept(
-            self.rule,
-            self.queries,
-            self.keys[:, : self.prompt_len],
-            scale=scale,
-            num_context=num_context,
-            num_kept=num_kept,
-        )
+        """Context positions to keep, ascending."""
+        return choose_kept(*self._scored(), **self._counts(scale, num_context, num_kept))
+
+    def rank(self, scale: float, num_context: int) -> Tensor:
+        """All context positions, the most important first."""
+        return rank_context(*self._scored(), **self._counts(scale, num_context, num_context))
+
+    def _scored(self) -> tuple[ChoiceRule, Tensor, Tensor]:
+        return self.rule, self.queries, self.keys[:, : self.prompt_len]
+
+    @staticmethod
+    def _counts(scale: float, num_context: int, num_kept: int) -> dict[str, Any]:
+        return {"scale": scale, "num_context": num_context, "num_kept": num_kept}
 
 
 @dataclass
 class CodebookStats:
-    """Vectors and entries of the codebooks built since the last report, over heads and layers."""
+    """Codebooks built since the last report, summed over heads and layers.
+
+    Attributes:
+        vectors: keys and values that have a code.
+        entries: in use.
+        capacity: entries that there was room for.
+        overflow: keys and values of tokens that found no entry and no room for one.
+        similarity_sum: cosines of the vectors to their entries.
+    """
 
     vectors: int = 0
     entries: int = 0
@@ -85,13 +97,14 @@ class CodebookStats:
 class Region(Protocol):
     """A way to fill the reduced region of a band."""
 
-    def tokens_kept(self, plan: BandPlan) -> int:
-        """Context tokens that stay visible, per kv head (``unfold``: per query head)."""
-
     def fill(
         self, layer: ReducedLayer, prompt: LayerPrompt, plan: BandPlan, region: Tensor
-    ) -> None:
-        """Reduce one layer into the region's blocks. region: block ids, [R]."""
+    ) -> float:
+        """Reduce one layer into the region's blocks. region: block ids, [R].
+
+        Returns:
+            Context tokens that stay visible, mean over kv heads (``unfold``: query heads).
+        """
 
 
 class DenseRegion:
@@ -101,14 +114,12 @@ class DenseRegion:
         self._block_size = policy.block_size
         self._num_copies = policy.num_queries_per_kv if policy.config.gqa == "unfold" else 1
 
-    def tokens_kept(self, plan: BandPlan) -> int:
-        return plan.reduced_blocks * self._block_size // self._num_copies
-
     def fill(
         self, layer: ReducedLayer, prompt: LayerPrompt, plan: BandPlan, region: Tensor
-    ) -> None:
+    ) -> float:
         num_context = plan.tail_block * self._block_size
-        kept = prompt.choose(layer.scale, num_context, self.tokens_kept(plan))
+        num_kept = plan.reduced_blocks * self._block_size // self._num_copies
+        kept = prompt.choose(layer.scale, num_context, num_kept)
         slots = (region.unsqueeze(1) * self._block_size + torch.arange(self._block_size)).flatten()
         copies = kept.unbind(1) if kept.dim() == 3 else (kept,)
         for copy, copy_slots in zip(copies, slots.chunk(len(copies)), strict=True):
@@ -119,11 +130,12 @@ class DenseRegion:
                     layer.kv_cache,
                     copy_slots,
                 )
+        return num_kept
 
 
 @dataclass
 class CodebookRegion:
-    """Merging: entries, codes, norms and positions; under ``both`` of chosen tokens only."""
+    """Merging: entries, codes, norms and positions of the best tokens that find an entry."""
 
     policy: SpindlePolicy
     method: str
@@ -131,52 +143,42 @@ class CodebookRegion:
     stats: CodebookStats = field(default_factory=CodebookStats)
 
     def shape(self, plan: BandPlan) -> RegionShape:
-        """Tokens and entries of the region, per kv head."""
+        """Tokens and entries that the region has room for, per kv head."""
         return codebook_shape(
             self.policy.config, self.method, plan, self.policy.block_size, self.head_size
         )
 
-    def tokens_kept(self, plan: BandPlan) -> int:
-        return self.shape(plan).num_tokens
-
     def fill(
         self, layer: ReducedLayer, prompt: LayerPrompt, plan: BandPlan, region: Tensor
-    ) -> None:
+    ) -> float:
         shape = self.shape(plan)
         if shape.num_tokens == 0:
-            return
+            return 0
         num_context = plan.tail_block * self.policy.block_size
-        num_kv_heads = prompt.keys.shape[0]
-        if shape.num_tokens == num_context:
-            positions = torch.arange(num_context).expand(num_kv_heads, -1)
-        else:
-            positions = prompt.choose(layer.scale, num_context, shape.num_tokens)
         assert layer.cos_sin is not None
-        keys = unrotate_keys(gather_kept(prompt.keys, positions), positions, layer.cos_sin)
-        values = gather_kept(prompt.values, positions).float()
-        config = self.policy.config
-        key_books = self._cover(keys, config.theta_key, shape.num_key_entries)
-        value_books = self._cover(values, config.theta_value, shape.num_value_entries)
-        pack_region(layer.kv_cache, region, shape, key_books, value_books, positions)
-        for books, capacity in (
-            (key_books, shape.num_key_entries),
-            (value_books, shape.num_value_entries),
-        ):
-            self._count(books, capacity)
-
-    @staticmethod
-    def _cover(vectors: Tensor, threshold: float, capacity: int) -> tuple[Codebook, ...]:
         # Not before vLLM has started: its kernel registration trips over numba's modules.
-        from vllm_spindle.kernels.numba_cover import cover_layer
+        from vllm_spindle.kernels.numba_cover import admit_layer
 
-        return cover_layer(vectors, threshold, capacity)
+        heads = admit_layer(
+            unrotate_keys(prompt.keys[:, :num_context], torch.arange(num_context), layer.cos_sin),
+            prompt.values[:, :num_context],
+            prompt.rank(layer.scale, num_context),
+            (self.policy.config.theta_key, self.policy.config.theta_value),
+            (shape.num_key_entries, shape.num_value_entries, shape.num_tokens),
+        )
+        tokens = [head.tokens for head in heads]
+        key_books, value_books = [head.keys for head in heads], [head.values for head in heads]
+        pack_region(layer.kv_cache, region, shape, key_books, value_books, tokens)
+        for head in heads:
+            self._count(head, shape)
+        return sum(map(len, tokens)) / len(tokens)
 
-    def _count(self, books: tuple[Codebook, ...], capacity: int) -> None:
-        for book in books:
+    def _count(self, head: Admitted, shape: RegionShape) -> None:
+        self.stats.capacity += shape.num_key_entries + shape.num_value_entries
+        self.stats.overflow += 2 * head.num_refused
+        for book in (head.keys, head.values):
             self.stats.vectors += len(book.codes)
             self.stats.entries += len(book.entries)
-            self.stats.capacity += capacity
-            self.stats.overflow += book.num_overflow
             self.stats.similarity_sum += float(book.similarity.sum())
 
 

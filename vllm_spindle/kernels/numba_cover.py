@@ -1,8 +1,8 @@
-"""Codebooks of one layer, fast: products by torch, the greedy choice compiled.
+"""Codebooks, fast: products by torch, the greedy choice compiled.
 
-Shapes: K kv heads, N vectors per head, W vectors of a window, M of them still open, E entries so
-far, D head size. Slow twin: ``core.codebook.windowed_cover``, whose results these are, but for
-vectors so close to the threshold that the order of a float32 sum decides.
+Shapes: K kv heads, C context tokens, M vectors of a part, E entries so far, D head size. Slow twin:
+``core.codebook.Book``, whose results these are, but for vectors so close to the threshold that the
+order of a float32 sum decides.
 
 Products are bfloat16 where the machine has instructions for it. They only sift: in bfloat16 a
 cosine of 0.979 rounds to 0.980 and would count as above 0.98, so whatever lies within the rounding
@@ -17,72 +17,80 @@ from numba import njit
 from torch import Tensor
 from torch.nn import functional
 
-from vllm_spindle.core.codebook import UNCOVERED, Codebook
+from vllm_spindle.core.admission import Admitted, admit
+from vllm_spindle.core.codebook import UNCOVERED, Book
 
 ROUND = 128
-WINDOW = 1024  # the graph of a window, W * W bytes, stays in the cache
+WINDOW = 1024  # vectors of a full cover's part: their graph, a byte a pair, stays in the cache
 # Rounding of both factors (2 ** -9 each) and of the product (2 ** -9), and the sum's own.
 BF16_MARGIN = 0.0065
 BLOCK = 64  # products passed over at once
-ANY = np.float32(-2)  # less than any cosine
 
 # The reductions below are over finite numbers, so their order and NaN do not matter.
 _compiled = partial(njit, cache=True, nogil=True, fastmath={"nnan", "nsz", "reassoc"})
 
 
-def cover_layer(
-    vectors: Tensor, threshold: float, capacity: int | None, window: int = WINDOW
-) -> tuple[Codebook, ...]:
-    """One codebook per kv head, as ``core.codebook.cover_heads`` with scope ``head``.
+class CompiledBook(Book):
+    """``core.codebook.Book``, fast."""
+
+    def __init__(self, vectors: Tensor, threshold: float, capacity: int | None = None) -> None:
+        super().__init__(vectors, threshold, capacity)
+        dtype = _product_dtype()
+        self._rough = self.directions.to(dtype)
+        self._rough_table = torch.zeros(_round_up(len(self._table)), vectors.shape[1], dtype=dtype)
+        self._margin = np.float32(BF16_MARGIN if dtype == torch.bfloat16 else 0)
+
+    def _nearest(self, part: Tensor) -> Tensor:
+        entries = self._rough_table[: _round_up(self.num_entries)]
+        return torch.from_numpy(
+            nearest_entries(
+                _products(self._rough_rows(part), entries, len(part), self.num_entries),
+                self.directions[part].numpy(),
+                self._table.numpy(),
+                np.float32(self._threshold),
+                self._margin,
+            )
+        )
+
+    def _cover(self, part: Tensor, room: int) -> tuple[Tensor, Tensor]:
+        rough = self._rough_rows(part)
+        codes, members = greedy_members(
+            _products(rough, rough, len(part), len(part)),
+            self.directions[part].numpy(),
+            np.float32(self._threshold),
+            self._margin,
+            room,
+        )
+        return torch.from_numpy(codes), torch.from_numpy(members)
+
+    def _append(self, members: Tensor) -> None:
+        first = self.num_entries
+        super()._append(members)
+        self._rough_table[first : self.num_entries] = self._rough[members]
+
+    def _rough_rows(self, part: Tensor) -> Tensor:
+        """The vectors at these indices, and some more to fill up."""
+        return self._rough[functional.pad(part, (0, _round_up(len(part)) - len(part)))]
+
+
+def admit_layer(
+    keys: Tensor,
+    values: Tensor,
+    ranked: Tensor,
+    thresholds: tuple[float, float],
+    capacity: tuple[int, int, int],
+) -> list[Admitted]:
+    """One layer's context merged into what its region has room for, per kv head.
 
     Args:
-        vectors: keys without rotation, or values. [K, N, D].
-        threshold: 0 < threshold <= 1.
-        capacity: most entries of a head, at least 1; None for as many as it takes.
-        window: vectors per window.
+        keys: without rotation. [K, C, D].
+        values: [K, C, D].
+        ranked: tokens, the most important first. [K, C].
+        thresholds: for keys and for values.
+        capacity: of each head; see ``admit``.
     """
-    return tuple(windowed_cover(head, threshold, capacity, window) for head in vectors)
-
-
-def windowed_cover(
-    vectors: Tensor, threshold: float, capacity: int | None, window: int = WINDOW
-) -> Codebook:
-    """The same as ``core.codebook.windowed_cover``. vectors: [N, D].
-
-    Raises:
-        ValueError: if an argument is out of range.
-    """
-    num_vectors, head_size = vectors.shape
-    most = num_vectors if capacity is None else capacity
-    if not 0 < threshold <= 1 or most < min(1, num_vectors) or window < 1:
-        raise ValueError(
-            "threshold must be in (0, 1], capacity and window at least 1, got "
-            f"{threshold}, {capacity} and {window}"
-        )
-    vectors = vectors.float()
-    norms = torch.linalg.vector_norm(vectors, dim=-1)
-    directions = vectors / norms.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-    codes = torch.where(norms > 0, UNCOVERED, 0)  # a zero vector needs no entry of its own
-    book = _Book(directions, min(most, num_vectors), threshold)
-    for start in range(0, num_vectors, window):
-        part = torch.arange(start, min(start + window, num_vectors))
-        share = -(-most * (start + len(part)) // num_vectors)
-        book.add_window(codes, part, share)
-    for part in torch.split(_open(codes), window):
-        book.add_window(codes, part, most)
-    if book.num_entries == 0 and num_vectors:
-        book.append(torch.zeros(1, dtype=torch.int64))  # nothing but zero vectors
-    left = _open(codes)
-    for part in torch.split(left, window):
-        codes[part] = book.nearest(part, ANY)
-    entries = book.entries[: book.num_entries].clone()
-    similarity = (directions * entries[codes]).sum(dim=-1).clamp_(max=1)
-    similarity[norms == 0] = 1
-    return Codebook(entries, codes, norms, similarity, len(left))
-
-
-def _open(codes: Tensor) -> Tensor:
-    return (codes == UNCOVERED).nonzero().squeeze(-1)
+    heads = zip(keys, values, ranked, strict=True)
+    return [admit(*head, thresholds, capacity, CompiledBook) for head in heads]
 
 
 def _round_up(count: int) -> int:
@@ -98,64 +106,6 @@ def _products(left: Tensor, right: Tensor, num_left: int, num_right: int) -> np.
 @lru_cache(maxsize=1)
 def _product_dtype() -> torch.dtype:
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
-
-
-class _Book:
-    """A growing table of entries. directions: [N, D], float32, of length 1 or 0."""
-
-    def __init__(self, directions: Tensor, capacity: int, threshold: float) -> None:
-        dtype = _product_dtype()
-        self.directions = directions
-        self.entries = torch.empty(capacity, directions.shape[1])
-        self.num_entries = 0
-        self._threshold = np.float32(threshold)
-        self._rough = directions.to(dtype)
-        self._rough_entries = torch.zeros(_round_up(capacity), directions.shape[1], dtype=dtype)
-        self._margin = np.float32(BF16_MARGIN if dtype == torch.bfloat16 else 0)
-
-    def add_window(self, codes: Tensor, part: Tensor, most: int) -> None:
-        """Code the open vectors at the indices ``part``, with at most so many entries then."""
-        part = part[codes[part] == UNCOVERED]
-        if self.num_entries and len(part):
-            codes[part] = nearest = self.nearest(part, self._threshold)
-            part = part[nearest == UNCOVERED]
-        if most <= self.num_entries or not len(part):
-            return
-        rough = self._rough_rows(part)
-        own_codes, members = greedy_members(
-            _products(rough, rough, len(part), len(part)),
-            self.directions[part].numpy(),
-            self._threshold,
-            self._margin,
-            most - self.num_entries,
-        )
-        own_codes = torch.from_numpy(own_codes)
-        codes[part] = torch.where(own_codes == UNCOVERED, UNCOVERED, own_codes + self.num_entries)
-        self.append(part[torch.from_numpy(members)])
-
-    def append(self, members: Tensor) -> None:
-        """Make the vectors at these indices entries."""
-        stop = self.num_entries + len(members)
-        self.entries[self.num_entries : stop] = self.directions[members]
-        self._rough_entries[self.num_entries : stop] = self._rough[members]
-        self.num_entries = stop
-
-    def _rough_rows(self, part: Tensor) -> Tensor:
-        """The vectors at these indices, and some more to fill up."""
-        return self._rough[functional.pad(part, (0, _round_up(len(part)) - len(part)))]
-
-    def nearest(self, part: Tensor, least: np.float32) -> Tensor:
-        """Nearest entry with a cosine above ``least``, or UNCOVERED. [len(part)], int64."""
-        entries = self._rough_entries[: _round_up(self.num_entries)]
-        return torch.from_numpy(
-            nearest_entries(
-                _products(self._rough_rows(part), entries, len(part), self.num_entries),
-                self.directions[part].numpy(),
-                self.entries.numpy(),
-                least,
-                self._margin,
-            )
-        )
 
 
 @_compiled()

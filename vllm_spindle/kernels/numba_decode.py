@@ -132,7 +132,14 @@ def _outer(name: str, sources: int, **options):
 
 def _sources() -> int:
     """A number that changes with the files that the kernel is made of."""
-    names = ("llvm_vectors", "numba_vector", "numba_softmax", "numba_region", "numba_decode")
+    names = (
+        "llvm_vectors",
+        "numba_vector",
+        "numba_softmax",
+        "numba_region",
+        "numba_decode",
+        "region_shape",
+    )
     folder = Path(__file__).parent
     return zlib.crc32(b"".join((folder / f"{name}.py").read_bytes() for name in names))
 

@@ -8,6 +8,7 @@ Shapes: L query heads of one pass (lanes), D head size. Arrays are laid out in `
 
 import numpy as np
 
+from vllm_spindle.kernels import region_shape
 from vllm_spindle.kernels.numba_softmax import (
     from_half,
     inlined,
@@ -24,6 +25,8 @@ from vllm_spindle.kernels.numba_vector import (
     rotate_and_dot,
 )
 
+POSITION_BITS = np.int32(region_shape.POSITION_BITS)
+EMPTY = np.uint16(region_shape.EMPTY)
 TILE = 512  # tokens per step of the online softmax: the scratch stays in the first cache
 AHEAD = 8  # tokens: how far ahead cosines are fetched; positions jump, so the hardware does not
 ROWS_AHEAD = 16  # entries: the hardware starts anew with every page and chunk
@@ -50,6 +53,20 @@ def _copy_run(bits, run, start, out, count):
         size = min(count - done, left)
         copy_bits(bits, at, out, np.uint64(done), np.uint64(size))
         done += size
+
+
+@inlined
+def _count_tokens(bits, run, position_at, num_slots):
+    """Tokens in the slots: those without one come last, and their positions tell."""
+    first, last = 0, num_slots
+    while first < last:
+        middle = (first + last) // 2
+        at, _ = _place(run, position_at + 2 * middle + 1)
+        if bits[at] == EMPTY:
+            last = middle
+        else:
+            first = middle + 1
+    return first
 
 
 @inlined
@@ -82,19 +99,20 @@ def add_weighted_rows(dims, lanes, bits, at, count, weights, at_weights, out):
 @inlined
 def attend_region(dims, lanes, bits, run, shape, cos_sin, queries, scale, peaks, totals,
                   factors, out):  # fmt: skip
-    """Merged tokens of one kv head. run: see ``_place``; shape: key and value entries, tokens."""
+    """Merged tokens of one kv head. run: see ``_place``; shape: key, value entries, slots."""
     head_size, num_lanes = 16 * len(dims), len(lanes)
     d, step = np.uint64(head_size), np.uint64(num_lanes)
-    num_key_entries, num_value_entries, num_tokens = shape[0], shape[1], shape[2]
+    num_key_entries, num_value_entries, num_slots = shape[0], shape[1], shape[2]
     # Elements where the per-token arrays start; see ``region_shape``.
-    array_size = (num_tokens + head_size - 1) // head_size * head_size
+    array_size = (num_slots + head_size - 1) // head_size * head_size
     key_code_at = (num_key_entries + num_value_entries) * head_size
+    num_tokens = _count_tokens(bits, run, key_code_at + 4 * array_size, num_slots)
     codes = np.empty(TILE + 1, np.uint16)
     value_codes = np.empty(TILE, np.uint16)
     norms = np.empty(TILE, np.uint16)
     # Zeros behind the tile: prefetching may look there, which costs nothing.
-    raw_positions = np.zeros(2 * (TILE + AHEAD + 2), np.uint16)
-    positions = raw_positions.view(np.int32)
+    positions = np.zeros(TILE + AHEAD + 2, np.int32)
+    halves = np.empty(2 * TILE, np.uint16)
     scales = np.empty(TILE + 1, np.float32)
     products = scratch((TILE + 17) * num_lanes)
     entries = scratch(2 * head_size)
@@ -107,9 +125,11 @@ def attend_region(dims, lanes, bits, run, shape, cos_sin, queries, scale, peaks,
         _copy_run(bits, run, array, codes, count)
         _copy_run(bits, run, array + array_size, value_codes, count)
         _copy_run(bits, run, array + 2 * array_size, norms, count)
-        _copy_run(bits, run, array + 4 * array_size + start, raw_positions, 2 * count)
+        _copy_run(bits, run, array + 4 * array_size + start, halves, 2 * count)
         for t in range(count):
             scales[t] = from_half(norms[t]) * scale
+            high = np.int32(halves[2 * t + 1]) << POSITION_BITS
+            positions[t] = high + np.int32(halves[2 * t])
         _copy_run(bits, run, array + 3 * array_size, norms, count)
         # Tokens go in pairs; the last of an odd number has itself for company.
         codes[count], positions[count], scales[count] = codes[count - 1], 0, scales[count - 1]

@@ -13,8 +13,10 @@ from torch import Tensor
 from vllm_spindle.core.codebook import Codebook
 from vllm_spindle.kernels.region_shape import (
     ARRAY_ELEMENTS,
+    EMPTY,
     KEY_CODES,
     KEY_NORMS,
+    POSITION_BITS,
     POSITIONS,
     VALUE_CODES,
     VALUE_NORMS,
@@ -31,11 +33,11 @@ class RegionContent:
     Attributes:
         key_entries: zero rows where a head uses fewer than the capacity. [K, E_K, D], bf16.
         value_entries: [K, E_V, D], bf16.
-        key_codes: ascending. [K, N], int64.
+        key_codes: ascending; meaningless where a slot is empty, as all that follows. [K, N], int64.
         value_codes: [K, N], int64.
         key_norms: [K, N], float16.
         value_norms: [K, N], float16.
-        positions: [K, N], int32.
+        positions: negative where a slot is empty. [K, N], int64.
     """
 
     key_entries: Tensor
@@ -53,7 +55,7 @@ def pack_region(
     shape: RegionShape,
     key_codebooks: Sequence[Codebook],
     value_codebooks: Sequence[Codebook],
-    positions: Tensor,
+    positions: Sequence[Tensor],
 ) -> None:
     """Write one layer's codebooks into the blocks of a region; the rest of them becomes zero.
 
@@ -66,7 +68,7 @@ def pack_region(
         shape: capacities.
         key_codebooks: one per kv head, of un-rotated keys.
         value_codebooks: one per kv head.
-        positions: of the tokens. [K, N].
+        positions: of each kv head's tokens. K times [n], n at most N.
 
     Raises:
         ValueError: if a codebook or the whole does not fit.
@@ -74,17 +76,15 @@ def pack_region(
     num_kv_heads = kv_cache.shape[1]
     if shape.num_blocks > len(block_ids):
         raise ValueError(f"the region needs {shape.num_blocks} blocks, got {len(block_ids)}")
-    if positions.shape != (num_kv_heads, shape.num_tokens):
-        raise ValueError(
-            f"positions must be {(num_kv_heads, shape.num_tokens)}, got {tuple(positions.shape)}"
-        )
     rows = torch.zeros(
         num_kv_heads, 2 * shape.block_size * len(block_ids), shape.head_size, dtype=torch.int16
     )
-    books = zip(key_codebooks, value_codebooks, strict=True)
-    for head, (keys, values) in enumerate(books):
-        _check_fits("keys", keys, shape.num_key_entries, shape.num_tokens)
-        _check_fits("values", values, shape.num_value_entries, shape.num_tokens)
+    books = zip(key_codebooks, value_codebooks, positions, strict=True)
+    for head, (keys, values, places) in enumerate(books):
+        if len(places) > shape.num_tokens:
+            raise ValueError(f"{len(places)} tokens do not fit a region for {shape.num_tokens}")
+        _check_fits("keys", keys, shape.num_key_entries, len(places))
+        _check_fits("values", values, shape.num_value_entries, len(places))
         order, key_codes, first_seen = _by_first_token(keys.codes, len(keys.entries))
         rows[head, : len(keys.entries)] = _bits(keys.entries[first_seen])
         first = shape.num_key_entries
@@ -94,12 +94,14 @@ def pack_region(
             VALUE_CODES: values.codes[order].to(torch.uint16),
             KEY_NORMS: keys.norms[order].clamp(max=MAX_NORM).half(),
             VALUE_NORMS: values.norms[order].clamp(max=MAX_NORM).half(),
-            POSITIONS: positions[head, order].to(torch.int32),
+            POSITIONS: _split(places[order]),
         }
         flat = rows[head].view(-1)
+        start, stop = _span(shape, POSITIONS)
+        flat[start + 1 : stop : 2] = EMPTY
         for name, array in arrays.items():
-            start, stop = _span(shape, name)
-            flat[start:stop] = array.view(torch.int16)
+            start, _ = _span(shape, name)
+            flat[start : start + ARRAY_ELEMENTS[name] * len(places)] = array.view(torch.int16)
     blocks = rows.view(num_kv_heads, len(block_ids), *kv_cache.shape[2:]).transpose(0, 1)
     kv_cache.view(torch.int16)[block_ids] = blocks.to(kv_cache.device)
 
@@ -121,6 +123,7 @@ def unpack_region(kv_cache: Tensor, block_ids: Tensor, shape: RegionShape) -> Re
         return flat[:, start:stop].contiguous().view(dtype)
 
     first, stop = shape.num_key_entries, shape.num_key_entries + shape.num_value_entries
+    low, high = array(POSITIONS, torch.int16).long().view(num_kv_heads, -1, 2).unbind(-1)
     return RegionContent(
         key_entries=rows[:, :first],
         value_entries=rows[:, first:stop],
@@ -128,7 +131,7 @@ def unpack_region(kv_cache: Tensor, block_ids: Tensor, shape: RegionShape) -> Re
         value_codes=array(VALUE_CODES, torch.uint16).long(),
         key_norms=array(KEY_NORMS, torch.float16),
         value_norms=array(VALUE_NORMS, torch.float16),
-        positions=array(POSITIONS, torch.int32),
+        positions=torch.where(high == EMPTY, -1, (high << POSITION_BITS) + low),
     )
 
 
@@ -136,7 +139,7 @@ def _check_fits(name: str, codebook: Codebook, capacity: int, num_tokens: int) -
     if len(codebook.entries) > capacity or len(codebook.codes) != num_tokens:
         raise ValueError(
             f"a codebook of {len(codebook.codes)} {name} in {len(codebook.entries)} entries does "
-            f"not fit a region for {num_tokens} in {capacity}"
+            f"not fit {num_tokens} tokens in {capacity}"
         )
 
 
@@ -154,6 +157,12 @@ def _by_first_token(codes: Tensor, num_entries: int) -> tuple[Tensor, Tensor, Te
     renumbered[first_seen] = torch.arange(num_entries)
     sorted_codes, order = renumbered[codes].sort(stable=True)
     return order, sorted_codes, first_seen
+
+
+def _split(positions: Tensor) -> Tensor:
+    """Lower bits and the rest, in turn. [2 N], int16."""
+    low = positions & ((1 << POSITION_BITS) - 1)
+    return torch.stack([low, positions >> POSITION_BITS], dim=-1).flatten().to(torch.int16)
 
 
 def _span(shape: RegionShape, name: int) -> tuple[int, int]:

@@ -8,15 +8,21 @@ adjacent in memory). On it lie, each starting on a row:
     value entries [E_V, D] bf16, unit vectors
     key codes     [N] uint16     value codes [N] uint16
     key norms     [N] float16    value norms [N] float16
-    positions     [N] int32
+    positions     [N] two elements: the lower 14 bits, and what is above them
 
-Tokens are sorted by key code, so that a reader streams the key entries.
+Tokens are sorted by key code, so that a reader streams the key entries. A head may hold fewer than
+N: the slots that are left come last, with EMPTY above the lower bits of their positions.
+
+No element is a NaN or an infinity when read as a float: the blocks come back to the pool, and
+vLLM's kernels multiply what lies beyond a sequence's end by zero.
 """
 
 from dataclasses import dataclass
 
 ELEMENT_BYTES = 2
-MAX_ENTRIES = 1 << 16  # of one kv head: codes are uint16
+POSITION_BITS = 14
+EMPTY = 1 << POSITION_BITS
+MAX_ENTRIES = 0x7C00  # of one kv head; codes from there on would be no numbers in float16
 # Elements per token of each array, in the order they are stored.
 KEY_CODES, VALUE_CODES, KEY_NORMS, VALUE_NORMS, POSITIONS = range(5)
 ARRAY_ELEMENTS = (1, 1, 1, 1, 2)

@@ -31,7 +31,11 @@ weights onto the value entries before the product, as on the CPU, where tokens s
 import triton
 import triton.language as tl
 
+from vllm_spindle.kernels import region_shape
+
 LOWEST = tl.constexpr(-1e30)  # finite: what nothing was seen of must not give inf - inf
+POSITION_BITS = tl.constexpr(region_shape.POSITION_BITS)
+EMPTY = tl.constexpr(region_shape.EMPTY)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -67,7 +71,8 @@ def _load_merged(
         table_ptr: the region's first column of the block table.
 
     Returns:
-        Both halves of the keys, [T, HALF_PAD] each, values [T, HEAD_PAD], key and value norms [T].
+        Both halves of the keys, [T, HALF_PAD] each, values [T, HEAD_PAD], key and value norms [T],
+        and which slots hold a token [T].
     """
     num_key_entries = tl.load(shape_ptr)
     # Per-token arrays, each starting on a row: see ``region_shape``.
@@ -85,10 +90,12 @@ def _load_merged(
     at = _in_run(first + tokens, seen, head_ptr, table_ptr, stride_block, stride_slot, N, D)
     value_norms = _load_16(at, seen, tl.float16)
     first += array_size
-    # int32 in two elements, the lower half first: on one row, which has an even number of them.
+    # Two elements, the lower bits first: on one row, which has an even number of them.
     at = _in_run(first + 2 * tokens, seen, head_ptr, table_ptr, stride_block, stride_slot, N, D)
-    low = tl.load(at, mask=seen, other=0).to(tl.int32) & 0xFFFF
-    positions = (tl.load(at + 1, mask=seen, other=0).to(tl.int32) << 16) | low
+    low = tl.load(at, mask=seen, other=0).to(tl.int32)
+    high = tl.load(at + 1, mask=seen, other=EMPTY).to(tl.int32)
+    seen = seen & (high != EMPTY)
+    positions = tl.where(seen, (high << POSITION_BITS) + low, 0)
 
     half_dims = tl.arange(0, HALF_PAD)
     in_half = seen[:, None] & (half_dims < D // 2)[None, :]
@@ -105,7 +112,7 @@ def _load_merged(
     rows = num_key_entries + value_codes
     at = _in_run(rows * D, seen, head_ptr, table_ptr, stride_block, stride_slot, N, D)
     values = _load_16(at[:, None] + dims[None, :], in_head, tl.bfloat16)
-    return one * cos - other * sin, other * cos + one * sin, values, key_norms, value_norms
+    return one * cos - other * sin, other * cos + one * sin, values, key_norms, value_norms, seen
 
 
 @triton.jit
@@ -211,9 +218,8 @@ def decode_split(
     sums = tl.zeros([NUM_QUERY_ROWS, HEAD_PAD], tl.float32)
     for tile in range(first_tile, tl.minimum(last_tile, merged_tiles)):
         tokens = tile * TILE + tl.arange(0, TILE)
-        seen = tokens < num_merged
-        one, other, values, key_norms, value_norms = _load_merged(
-            tokens, seen, shapes_ptr + row * 3, head_ptr, region_ptr,
+        one, other, values, key_norms, value_norms, seen = _load_merged(
+            tokens, tokens < num_merged, shapes_ptr + row * 3, head_ptr, region_ptr,
             cos_sin_ptr, stride_block, stride_slot, stride_cos_sin,
             N, D, HALF_PAD, HEAD_PAD,
         )  # fmt: skip

@@ -14,7 +14,7 @@ from vllm_spindle.calibration.capture import CapturedPrompt, capture, load_model
 from vllm_spindle.calibration.choice import choose_method, choose_whole
 from vllm_spindle.calibration.measure import METHODS, BandMeasure, Bench, WholeMeasure
 from vllm_spindle.calibration.plan_file import plan_text
-from vllm_spindle.calibration.reduce import cover_sizes, reduce_layer
+from vllm_spindle.calibration.reduce import cover_sizes, dense, reduce_layer
 from vllm_spindle.config import SpindleConfig, load_config
 from vllm_spindle.core.reference import attend_reduced
 from vllm_spindle.policy import SpindlePolicy
@@ -113,7 +113,7 @@ def test_attention_equals_the_reference(captured: CapturedPrompt) -> None:
 
 def test_a_replay_over_whole_contexts_is_the_model(model: Any, captured: CapturedPrompt) -> None:
     """Nothing reduced: the answer's logits are the model's own, up to the cache's rounding."""
-    contexts = [(layer.keys[:, :0], layer.values[:, :0]) for layer in captured.layers]
+    contexts = [dense(layer.keys[:, :0], layer.values[:, :0]) for layer in captured.layers]
     logits = replay(model, captured, contexts, [0] * NUM_LAYERS)
     assert logits.shape == captured.logits.shape
     assert (logits - captured.logits).abs().max() < 0.05 * captured.logits.abs().max()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import oracles_codebook as oracles
 from vllm_spindle.core.codebook import (
+    Book,
     Codebook,
     cover_heads,
     greedy_cover,
@@ -33,18 +34,16 @@ def _at(*degrees: float, norm: float = 1.0) -> Tensor:
 
 def _assert_is(codebook: Codebook, expected: oracles.Cover, vectors: Tensor) -> None:
     assert codebook.codes.tolist() == expected.codes
-    assert codebook.num_overflow == expected.num_overflow
     directions = vectors / vectors.norm(dim=-1, keepdim=True)
     torch.testing.assert_close(codebook.entries, directions[expected.members])
 
 
-@pytest.mark.parametrize("capacity", [None, 1, 3, 12, 60])
 @pytest.mark.parametrize("window", [1, 7, 20, 40, 99])
-def test_cover_equals_the_loop(capacity: int | None, window: int) -> None:
-    """Members, codes and overflow are the definition's, with any window and capacity."""
+def test_cover_equals_the_loop(window: int) -> None:
+    """Members and codes are the definition's, with any window."""
     vectors = _randn(40, 3)
-    codebook = windowed_cover(vectors, 0.8, capacity, window)
-    _assert_is(codebook, oracles.cover(vectors, 0.8, capacity, window), vectors)
+    codebook = windowed_cover(vectors, 0.8, window)
+    _assert_is(codebook, oracles.cover(vectors, 0.8, window), vectors)
 
 
 def test_the_highest_degree_comes_first() -> None:
@@ -95,7 +94,7 @@ def test_orthogonal_vectors_are_all_entries() -> None:
 def test_threshold_one_is_exact(window: int) -> None:
     """At 1 even copies stay apart, and reconstruction is the vector to float rounding."""
     vectors = _randn(32, 8).repeat(2, 1)
-    codebook = windowed_cover(vectors, 1.0, None, window)
+    codebook = windowed_cover(vectors, 1.0, window)
     assert codebook.codes.tolist() == list(range(64))
     torch.testing.assert_close(reconstruct(codebook), vectors, rtol=1e-6, atol=1e-6)
 
@@ -104,11 +103,10 @@ def test_threshold_one_is_exact(window: int) -> None:
 def test_zero_vectors_take_no_entry(window: int) -> None:
     """A zero vector is any entry times zero: exact, and never one itself."""
     vectors = torch.cat([torch.zeros(2, 4), torch.eye(4)[:2], torch.zeros(1, 4)])
-    codebook = windowed_cover(vectors, 0.9, None, window)
+    codebook = windowed_cover(vectors, 0.9, window)
     assert torch.equal(codebook.entries, torch.eye(4)[:2])
     assert torch.equal(reconstruct(codebook), vectors)
     assert torch.equal(codebook.similarity, torch.ones(5))
-    assert codebook.num_overflow == 0
 
 
 def test_only_zero_vectors() -> None:
@@ -118,56 +116,27 @@ def test_only_zero_vectors() -> None:
     assert torch.equal(reconstruct(codebook), torch.zeros(3, 4))
 
 
+def test_who_is_left_without_room_has_no_code() -> None:
+    """With room for two of four directions, the two that speak for most are in."""
+    book = Book(_at(0, 1, 90, 91, 30, 70), 0.98, capacity=2)
+    assert book.add(torch.arange(6)).tolist() == [0, 1, 2, 3]
+    assert book.codes.tolist() == [0, 0, 1, 1, -1, -1]
+
+
+def test_parts_are_matched_before_they_are_covered() -> None:
+    """A later part takes the entries there are, and the room that is left."""
+    book = Book(_at(0, 90, 1, 45, 135), 0.98, capacity=3)
+    book.add(torch.tensor([0, 1]))
+    assert book.add(torch.tensor([2, 3, 4])).tolist() == [2, 3]
+    assert book.codes.tolist() == [0, 1, 0, 2, -1]
+
+
 def test_no_vectors() -> None:
     """Nothing merges to nothing."""
-    codebook = greedy_cover(torch.zeros(0, 4), 0.9, capacity=3)
+    codebook = greedy_cover(torch.zeros(0, 4), 0.9)
     assert codebook.entries.shape == reconstruct(codebook).shape == (0, 4)
     (codebook,) = cover_heads(torch.zeros(2, 0, 4), "layer", 0.9)
     assert codebook.codes.shape == (0,)
-
-
-def test_overflow_goes_to_the_nearest_entry() -> None:
-    """With room for two of four, the others take the nearer of the two and are counted."""
-    vectors = _at(0, 1, 90, 91, 30, 70)
-    codebook = greedy_cover(vectors, 0.98, capacity=2)
-    assert codebook.codes.tolist() == [0, 0, 1, 1, 0, 1]
-    assert codebook.num_overflow == 2
-    expected = torch.tensor([0.0, 1, 0, 1, 30, 20]).deg2rad().cos()
-    torch.testing.assert_close(codebook.similarity, expected)
-
-
-def test_a_later_entry_above_the_threshold_is_no_overflow() -> None:
-    """A vector that its own window had no room for may still find an entry of a later one.
-
-    Capacity 2 over two windows of 3: one entry each. 90 is left over, then 91 is chosen.
-    """
-    codebook = windowed_cover(_at(0, 1, 90, 91, 92, 0), 0.98, 2, 3)
-    assert codebook.codes.tolist() == [0, 0, 1, 1, 1, 0]
-    assert codebook.num_overflow == 0
-
-
-def test_windows_share_the_capacity_evenly() -> None:
-    """A first window that could use it all leaves the later ones their share."""
-    vectors = torch.eye(12)
-    codebook = windowed_cover(vectors, 0.5, 6, 4)
-    members = codebook.entries.argmax(dim=-1).tolist()
-    assert members == [0, 1, 4, 5, 8, 9]
-    assert codebook.num_overflow == 6
-
-
-def test_what_a_window_leaves_goes_to_the_next() -> None:
-    """Capacity unused early is used late."""
-    vectors = torch.cat([torch.eye(6)[:1].repeat(6, 1), torch.eye(6)])
-    codebook = windowed_cover(vectors, 0.5, 4, 6)
-    assert codebook.entries.argmax(dim=-1).tolist() == [0, 1, 2, 3]
-
-
-def test_what_later_windows_leave_goes_back() -> None:
-    """A first window cut short by its share is served at the end with what is left."""
-    vectors = torch.cat([torch.eye(4), torch.eye(4)[:1].repeat(4, 1)])
-    codebook = windowed_cover(vectors, 0.5, 4, 4)
-    assert codebook.entries.argmax(dim=-1).tolist() == [0, 1, 2, 3]
-    assert codebook.num_overflow == 0
 
 
 @pytest.mark.parametrize("scope", ["head", "kv-group", "layer"])
@@ -187,9 +156,9 @@ def test_scope_says_who_shares(scope: str) -> None:
 def test_a_scopes_window_holds_all_heads_of_its_tokens() -> None:
     """Two heads' tokens come in together: the first window of two tokens sees four vectors."""
     vectors = torch.eye(8).view(2, 4, 8)
-    (codebook,) = cover_heads(vectors, "layer", 0.5, capacity=2, window=2)
-    # Token by token the order is 0 4 1 5 | 2 6 3 7, and each window has room for one.
-    assert codebook.entries.argmax(dim=-1).tolist() == [0, 2]
+    (codebook,) = cover_heads(vectors, "layer", 0.5, window=2)
+    # Token by token: 0 4 1 5 | 2 6 3 7.
+    assert codebook.entries.argmax(dim=-1).tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
 
 
 def test_unknown_scope_is_refused() -> None:
@@ -201,16 +170,15 @@ def test_unknown_scope_is_refused() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0.0, None, 1), r"threshold must be in \(0, 1\], got 0.0"),
-        ((1.1, None, 1), r"threshold must be in \(0, 1\], got 1.1"),
-        ((0.9, 0, 1), "capacity must be at least 1, got 0"),
-        ((0.9, None, 0), "window must be at least 1, got 0"),
+        ((0.0,), r"threshold must be in \(0, 1\], got 0.0"),
+        ((1.1,), r"threshold must be in \(0, 1\], got 1.1"),
+        ((0.9, 0), "capacity must be at least 1, got 0"),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments: tuple, message: str) -> None:
     """Each refusal names the argument, its range and the value."""
     with pytest.raises(ValueError, match=message):
-        windowed_cover(_randn(3, 4), *arguments)
+        Book(_randn(3, 4), *arguments)
 
 
 def test_paper_ratio_is_equation_15() -> None:
@@ -288,8 +256,8 @@ def test_merged_attention_equals_a_loop(attended: tuple[Tensor, Tensor, Tensor])
     queries, keys, values = attended
     kept = torch.tensor([[0, 3, 6, 9], [1, 2, 5, 8]])
     bare = unrotate_keys(_gather(keys, kept), kept, TABLE)
-    key_books = cover_heads(bare, "head", 0.3, capacity=2)
-    value_books = cover_heads(_gather(values, kept), "layer", 0.3, capacity=3)
+    key_books = cover_heads(bare, "head", 0.3)
+    value_books = cover_heads(_gather(values, kept), "layer", 0.3)
     tail = (keys[NUM_CONTEXT:], values[NUM_CONTEXT:])
     outputs = attend_codebook(queries, key_books, value_books, kept, *tail, TABLE, scale=0.3)
     for head in range(NUM_KV_HEADS * GROUP):

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 import oracles
-from vllm_spindle.core.eviction import gather_kept, select_kept, select_union
+from vllm_spindle.core.eviction import gather_kept, select_kept
 
 CHOICES = {
     "union": oracles.union_by_rank,
@@ -35,14 +35,14 @@ def test_union_takes_turns() -> None:
     Head 0 ranks 0 1 2 3, head 1 ranks 3 2 1 0: the turns are 0, 3, 1, 2.
     """
     scores = torch.tensor([[[4.0, 3.0, 2.0, 1.0], [0.1, 0.2, 0.3, 0.4]]])
-    assert select_union(scores, 2).tolist() == [[0, 3]]
-    assert select_union(scores, 3).tolist() == [[0, 1, 3]]
+    assert select_kept(scores, 2, "union").tolist() == [[0, 3]]
+    assert select_kept(scores, 3, "union").tolist() == [[0, 1, 3]]
 
 
 def test_union_of_agreeing_heads_reaches_further() -> None:
     """Heads that name the same token spend one place on it, and the next turn goes on."""
     scores = torch.tensor([[[9.0, 5.0, 1.0, 0.0], [9.0, 0.0, 1.0, 5.0]]])
-    assert select_union(scores, 3).tolist() == [[0, 1, 3]]
+    assert select_kept(scores, 3, "union").tolist() == [[0, 1, 3]]
 
 
 def test_mean_lets_a_loud_head_outvote() -> None:

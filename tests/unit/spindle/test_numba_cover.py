@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from vllm_spindle.core import codebook as slow
+from vllm_spindle.core.admission import admit
 from vllm_spindle.kernels import numba_cover as fast
 
 
@@ -28,20 +29,39 @@ def _assert_same(got: slow.Codebook, expected: slow.Codebook) -> None:
     assert torch.equal(got.codes, expected.codes)
     assert torch.equal(got.entries, expected.entries)
     assert torch.equal(got.norms, expected.norms)
-    assert got.num_overflow == expected.num_overflow
     torch.testing.assert_close(got.similarity, expected.similarity, rtol=0, atol=1e-6)
 
 
+def _cover(vectors: torch.Tensor, threshold: float, window: int) -> slow.Codebook:
+    return slow.windowed_cover(vectors, threshold, window, fast.CompiledBook)
+
+
 @pytest.mark.parametrize("head_size", [32, 64, 128])
-@pytest.mark.parametrize("capacity", [None, 1, 7, 60])
 @pytest.mark.parametrize("window", [64, 100, 1024])
-def test_equals_the_slow_twin(head_size: int, capacity: int | None, window: int) -> None:
-    """Same entries, codes and overflow, with room for all and without."""
+def test_equals_the_slow_twin(head_size: int, window: int) -> None:
+    """Same entries and codes."""
     for seed, noise in enumerate((0.0, 0.15, 0.3)):
         vectors = _clustered(257, head_size, 50, noise, seed)
         for threshold in (0.98, 0.95):
-            expected = slow.windowed_cover(vectors, threshold, capacity, window)
-            _assert_same(fast.windowed_cover(vectors, threshold, capacity, window), expected)
+            expected = slow.windowed_cover(vectors, threshold, window)
+            _assert_same(_cover(vectors, threshold, window), expected)
+
+
+@pytest.mark.parametrize("capacity", [(1, 1, 9), (7, 60, 300), (60, 40, 120), (300, 300, 300)])
+@pytest.mark.parametrize("chunk", [32, 128])
+def test_admits_as_the_slow_twin(capacity: tuple[int, int, int], chunk: int) -> None:
+    """The same tokens and codebooks by rank, with room for all and without."""
+    for seed, noise in enumerate((0.0, 0.15, 0.3)):
+        keys = _clustered(257, 64, 50, noise, seed)
+        values = _clustered(257, 64, 30, noise, seed + 9).bfloat16()  # as the cache holds them
+        ranked = torch.randperm(257, generator=torch.Generator().manual_seed(seed))
+        case = (keys, values, ranked, (0.98, 0.95), capacity)
+        expected = admit(*case, chunk=chunk)
+        got = admit(*case, fast.CompiledBook, chunk=chunk)
+        assert torch.equal(got.tokens, expected.tokens)
+        assert got.num_refused == expected.num_refused
+        _assert_same(got.keys, expected.keys)
+        _assert_same(got.values, expected.values)
 
 
 def test_threshold_does_not_round_down() -> None:
@@ -54,53 +74,49 @@ def test_threshold_does_not_round_down() -> None:
         expected = 1 if np.cos(angle) > 0.98 else 2
         if abs(np.cos(angle) - 0.98) < 1e-6:
             continue
-        assert len(fast.windowed_cover(pair, 0.98, None, 2).entries) == expected
-        assert len(fast.windowed_cover(pair, 0.98, None, 1).entries) == expected  # by matching
+        assert len(_cover(pair, 0.98, 2).entries) == expected
+        assert len(_cover(pair, 0.98, 1).entries) == expected  # by matching
 
 
 def test_nearest_of_near_equals() -> None:
-    """Overflow goes to the nearest entry even where bfloat16 cannot tell which that is."""
+    """Matches go to the nearest entry even where bfloat16 cannot tell which that is."""
     generator = torch.Generator().manual_seed(3)
     vectors = torch.randn(1, 64, generator=generator) + 0.05 * torch.randn(
         300, 64, generator=generator
     )
-    expected = slow.windowed_cover(vectors, 0.9999, 20, 64)
-    got = fast.windowed_cover(vectors, 0.9999, 20, 64)
-    assert expected.num_overflow > 200
-    _assert_same(got, expected)
+    books = [make(vectors, 0.9999, 20) for make in (slow.Book, fast.CompiledBook)]
+    codes = []
+    for book in books:
+        book.add(torch.arange(20))
+        book._threshold = 0.9  # whoever comes now finds many entries
+        assert len(book.add(torch.arange(20, 300))) == 280
+        codes.append(book.codes)
+    assert torch.equal(*codes)
+    assert len(set(codes[0].tolist())) > 10
 
 
 def test_extremes() -> None:
     """Identical vectors need one entry, orthogonal ones an entry each, zero vectors none."""
     vector = torch.randn(1, 32)
-    assert len(fast.windowed_cover(vector.expand(99, -1), 0.98, None, 10).entries) == 1
-    assert len(fast.windowed_cover(torch.eye(32), 0.98, None, 10).entries) == 32
+    assert len(_cover(vector.expand(99, -1), 0.98, 10).entries) == 1
+    assert len(_cover(torch.eye(32), 0.98, 10).entries) == 32
     mixed = torch.cat([torch.zeros(3, 32), vector, torch.zeros(2, 32)])
-    _assert_same(fast.windowed_cover(mixed, 0.98, 4, 2), slow.windowed_cover(mixed, 0.98, 4, 2))
+    _assert_same(_cover(mixed, 0.98, 2), slow.windowed_cover(mixed, 0.98, 2))
     nothing = torch.zeros(5, 32)
-    _assert_same(fast.windowed_cover(nothing, 0.98, 4, 2), slow.windowed_cover(nothing, 0.98, 4, 2))
-    assert len(fast.windowed_cover(torch.empty(0, 32), 0.98, None).codes) == 0
+    _assert_same(_cover(nothing, 0.98, 2), slow.windowed_cover(nothing, 0.98, 2))
+    assert len(_cover(torch.empty(0, 32), 0.98, 10).codes) == 0
 
 
 def test_layer_is_its_heads() -> None:
-    """``cover_layer`` gives every head the codebook it would get alone, as ``cover_heads`` does."""
-    vectors = torch.stack([_clustered(120, 32, 20, 0.2, seed) for seed in range(3)])
-    expected = slow.cover_heads(vectors, "head", 0.95, 15, window=50)
-    got = fast.cover_layer(vectors, 0.95, 15, window=50)
-    for one, other in zip(got, expected, strict=True):
-        _assert_same(one, other)
-
-
-def test_bfloat16_input() -> None:
-    """Values come from the cache in bfloat16."""
-    vectors = _clustered(200, 64, 30, 0.2, 1).bfloat16()
-    _assert_same(
-        fast.windowed_cover(vectors, 0.95, 40, 64), slow.windowed_cover(vectors, 0.95, 40, 64)
+    """``admit_layer`` gives every head what it would get alone."""
+    keys, values = (
+        torch.stack([_clustered(120, 32, 20, 0.2, seed + 5 * i) for seed in range(3)])
+        for i in range(2)
     )
-
-
-@pytest.mark.parametrize(("threshold", "capacity", "window"), [(0, 1, 1), (0.9, 0, 1), (0.9, 1, 0)])
-def test_refusals(threshold: float, capacity: int, window: int) -> None:
-    """Arguments out of range are refused."""
-    with pytest.raises(ValueError):
-        fast.windowed_cover(torch.ones(2, 32), threshold, capacity, window)
+    ranked = torch.stack([torch.randperm(120) for _ in range(3)])
+    capacity = (15, 12, 80)
+    for head, got in enumerate(fast.admit_layer(keys, values, ranked, (0.95, 0.9), capacity)):
+        expected = admit(keys[head], values[head], ranked[head], (0.95, 0.9), capacity)
+        assert torch.equal(got.tokens, expected.tokens)
+        _assert_same(got.keys, expected.keys)
+        _assert_same(got.values, expected.values)

@@ -25,27 +25,31 @@ class Row:
 
     shape: RegionShape | None
     books: tuple[list[Codebook], list[Codebook]]
-    positions: Tensor
+    positions: list[Tensor]
     tail: tuple[Tensor, Tensor]
     queries: Tensor
 
 
-def _row(num_tokens, num_tail, num_queries, num_heads, group, head_size, entries, block_size):
-    def book(num_entries: int) -> Codebook:
+def _row(
+    num_tokens, num_tail, num_queries, num_heads, group, head_size, entries, block_size, counts=None
+):
+    """``counts``: tokens of each kv head, where fewer than the slots."""
+    counts = counts or [num_tokens] * num_heads
+
+    def book(num_entries: int, num_tokens: int) -> Codebook:
         directions = torch.nn.functional.normalize(torch.randn(num_entries, head_size), dim=-1)
         return Codebook(
             directions.bfloat16().float(),
             torch.randint(0, num_entries, (num_tokens,)),
             (torch.rand(num_tokens) * head_size**0.5 * 1.5).half().float(),
             torch.ones(num_tokens),
-            0,
         )
 
-    books = tuple([book(count) for _ in range(num_heads)] for count in entries)
+    books = tuple([book(size, count) for count in counts] for size in entries)
     return Row(
         RegionShape(*entries, num_tokens, block_size, head_size) if num_tokens else None,
         books,
-        torch.stack([torch.randperm(NUM_POSITIONS)[:num_tokens] for _ in range(num_heads)]),
+        [torch.randperm(NUM_POSITIONS)[:count] for count in counts],
         tuple(torch.randn(num_tail, num_heads, head_size).bfloat16() for _ in range(2)),
         torch.randn(num_queries, num_heads * group, head_size).bfloat16(),
     )
@@ -125,6 +129,13 @@ def test_capacity_of_one() -> None:
     """All keys in one entry, and all values: positions and norms are what is left."""
     torch.manual_seed(1)
     _check([_row(700, 5, 1, 2, 4, 64, (1, 1), 32)], 32)
+
+
+@pytest.mark.parametrize("counts", [(0, 700), (1, 511), (512, 699), (513, 0)])
+def test_empty_slots_are_not_attended(counts: tuple[int, int]) -> None:
+    """Heads that hold fewer tokens than there are slots, or none."""
+    torch.manual_seed(7)
+    _check([_row(700, 5, 1, 2, 4, 64, (20, 30), 32, counts)], 32)
 
 
 def test_rows_of_a_batch() -> None:

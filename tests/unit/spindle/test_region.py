@@ -6,7 +6,7 @@ import torch
 from vllm_spindle.core.codebook import Codebook, greedy_cover, reconstruct
 from vllm_spindle.core.rotary import rotate_keys
 from vllm_spindle.kernels.region import pack_region, unpack_region
-from vllm_spindle.kernels.region_shape import RegionShape, array_rows, entry_capacity
+from vllm_spindle.kernels.region_shape import MAX_ENTRIES, RegionShape, array_rows, entry_capacity
 
 
 def _codebook(num_entries: int, num_tokens: int, head_size: int) -> Codebook:
@@ -16,7 +16,6 @@ def _codebook(num_entries: int, num_tokens: int, head_size: int) -> Codebook:
         codes=torch.randint(0, num_entries, (num_tokens,)),
         norms=(torch.rand(num_tokens) * 9).half().float(),
         similarity=torch.ones(num_tokens),
-        num_overflow=0,
     )
 
 
@@ -86,6 +85,24 @@ def test_fewer_entries_than_capacity() -> None:
     assert content.key_codes[0].max() <= 2 and content.value_codes[0].max() == 0
 
 
+def test_fewer_tokens_than_slots() -> None:
+    """A head that admits fewer leaves its last slots empty, another fills all, a third none."""
+    shape = RegionShape(12, 9, 50, 16, 32)
+    cache = torch.full((shape.num_blocks, 3, 16, 64), float("nan")).bfloat16()
+    counts = (20, 50, 0)
+    books = [[_codebook(9, count, 32) for count in counts] for _ in range(2)]
+    positions = [torch.randperm(90)[:count] for count in counts]
+    pack_region(cache, torch.arange(shape.num_blocks), shape, *books, positions)
+    content = unpack_region(cache, torch.arange(shape.num_blocks), shape)
+    for head, count in enumerate(counts):
+        assert sorted(content.positions[head, :count].tolist()) == sorted(positions[head].tolist())
+        assert (content.positions[head, count:] < 0).all()
+        order = content.positions[head, :count].argsort()
+        keys = content.key_entries[head].float()[content.key_codes[head, :count]]
+        keys *= content.key_norms[head, :count, None].float()
+        assert torch.equal(keys[order], reconstruct(books[0][head])[positions[head].argsort()])
+
+
 def test_positions_turn_the_right_keys() -> None:
     """Identical vectors at distinct positions stay distinct keys after the trip."""
     shape = RegionShape(1, 1, 20, 16, 32)
@@ -118,18 +135,36 @@ def test_capacity_is_what_fits() -> None:
         assert shape.padding_bytes(num_blocks) == padding_rows
 
 
+def test_every_element_is_a_number() -> None:
+    """Freed blocks are read by vLLM's kernels: codes, norms and positions are finite bfloat16."""
+    shape = RegionShape(MAX_ENTRIES, MAX_ENTRIES, 400, 32, 32)
+    cache = torch.zeros(shape.num_blocks, 1, 32, 64).bfloat16()
+    book = _codebook(MAX_ENTRIES, 390, 32)
+    book.codes[:] = MAX_ENTRIES - 1 - torch.arange(390)
+    book.norms[:] = 1e9
+    positions = torch.cat([torch.arange(32500, 32840), torch.arange(50) + (1 << 27)])
+    pack_region(cache, torch.arange(len(cache)), shape, [book], [book], [positions])
+    assert torch.isfinite(cache).all() and torch.isfinite(cache.view(torch.float16)).all()
+    content = unpack_region(cache, torch.arange(len(cache)), shape)
+    assert sorted(content.positions[0, :390].tolist()) == positions.tolist()
+    assert content.value_codes[0, :390].max() == MAX_ENTRIES - 1
+
+
 def test_refusals() -> None:
     """What does not fit is refused by name."""
     with pytest.raises(ValueError, match="num_key_entries"):
         RegionShape(0, 1, 5, 16, 32)
     with pytest.raises(ValueError, match="num_value_entries"):
-        RegionShape(1, (1 << 16) + 1, 5, 16, 32)
+        RegionShape(1, MAX_ENTRIES + 1, 5, 16, 32)
     shape = RegionShape(2, 2, 10, 16, 32)
     cache = torch.zeros(4, 1, 16, 64).bfloat16()
     book, positions = _codebook(2, 10, 32), torch.arange(10).unsqueeze(0)
     with pytest.raises(ValueError, match="blocks"):
         pack_region(cache, torch.arange(0), shape, [book], [book], positions)
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(ValueError, match="does not fit 10 tokens"):
         pack_region(cache, torch.arange(1), shape, [_codebook(3, 10, 32)], [book], positions)
-    with pytest.raises(ValueError, match="positions"):
+    with pytest.raises(ValueError, match="does not fit 9 tokens"):
         pack_region(cache, torch.arange(1), shape, [book], [book], positions[:, :9])
+    longer = _codebook(2, 11, 32)
+    with pytest.raises(ValueError, match="11 tokens do not fit"):
+        pack_region(cache, torch.arange(1), shape, [longer], [longer], [torch.arange(11)])

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from engine_child import in_child
 from oracles_codebook import cos_sin_table
-from vllm_spindle.core.codebook import Codebook, greedy_cover, reconstruct
+from vllm_spindle.core.codebook import Book, Codebook, reconstruct
+from vllm_spindle.core.cover import UNCOVERED
 from vllm_spindle.core.reference import attend_codebook
 from vllm_spindle.core.rotary import rotate_keys
 from vllm_spindle.kernels.region import pack_region, unpack_region
@@ -44,6 +45,7 @@ class Case:
     num_splits: int = 1
     tile_tokens: int = 32
     slots_outermost: bool = False
+    empty_slots: int = 0  # of the first kv head; twice as many of the second
 
 
 CASES = {
@@ -56,6 +58,7 @@ CASES = {
     "five splits": Case(((150, 70, 1), (5, 3, 1)), num_splits=5, tile_tokens=16),
     "float16": Case(((100, 20, 2),), dtype=torch.float16, num_splits=2),
     "slots outermost": Case(((90, 20, 1),), slots_outermost=True),
+    "empty slots": Case(((100, 20, 1), (40, 5, 2)), empty_slots=20, num_splits=2),
     "blocks of 32": Case(((90, 40, 1),), block_size=32, head_size=64),
     "head size 64, one head": Case(((90, 20, 1),), head_size=64, group=1, num_kv_heads=1),
     "head size 96, group of 7": Case(((60, 20, 2),), head_size=96, group=7, num_splits=2),
@@ -121,26 +124,31 @@ def fill_row(
     batch.starts.append([region_first, tail_first])
     batch.shapes.append([0, 0, 0])
     key_codebooks = value_codebooks = [
-        Codebook(torch.zeros(1, d), torch.zeros(0, dtype=torch.int64), *torch.zeros(2, 0), 0)
+        Codebook(torch.zeros(1, d), torch.zeros(0, dtype=torch.int64), *torch.zeros(2, 0))
         for _ in range(heads)
     ]
-    positions = torch.zeros(heads, 0, dtype=torch.int64)
+    positions = [torch.zeros(0, dtype=torch.int64)] * heads
     if num_merged:
         shape = RegionShape(
             num_merged // 3 + 1, num_merged // 4 + 2, num_merged, case.block_size, d
         )
-        books = [[similar(num_merged, d, most) for _ in range(heads)]
+        counts = [num_merged - case.empty_slots * (head + 1) for head in range(heads)]
+        books = [[similar(count, d, most) for count in counts]
                  for most in (shape.num_key_entries, shape.num_value_entries)]  # fmt: skip
-        positions = torch.stack([torch.randperm(NUM_POSITIONS)[:num_merged] for _ in range(heads)])
+        positions = [torch.randperm(NUM_POSITIONS)[:count] for count in counts]
         region = batch.table[row, region_first : region_first + shape.num_blocks]
         assert shape.num_blocks <= tail_first - region_first
         pack_region(batch.kv_cache, region, shape, *books, positions)
         batch.shapes[-1] = [shape.num_key_entries, shape.num_value_entries, num_merged]
         # Entries are bf16, whatever the cache's own type.
         content = unpack_region(batch.kv_cache.view(torch.bfloat16), region, shape)
-        key_codebooks = stored(content.key_entries, content.key_codes, content.key_norms)
-        value_codebooks = stored(content.value_entries, content.value_codes, content.value_norms)
-        positions = content.positions.long()
+        key_codebooks = stored(content.key_entries, content.key_codes, content.key_norms, counts)
+        value_codebooks = stored(
+            content.value_entries, content.value_codes, content.value_norms, counts
+        )
+        positions = [
+            own[:count].long() for own, count in zip(content.positions, counts, strict=True)
+        ]
     else:
         batch.starts[-1][0] = 0
     tail = (keys.transpose(0, 1).float(), values.transpose(0, 1).float())
@@ -159,21 +167,26 @@ def similar(num_vectors: int, head_size: int, capacity: int) -> Codebook:
     centres = torch.randn(capacity // 2 + 1, head_size)
     vectors = centres[torch.randint(len(centres), (num_vectors,))]
     vectors = vectors + 0.2 * torch.randn(num_vectors, head_size)
-    return greedy_cover(vectors * (0.5 + torch.rand(num_vectors, 1)), 0.95, capacity)
+    book = Book(vectors * (0.5 + torch.rand(num_vectors, 1)), 0.95, capacity)
+    book.add(torch.arange(num_vectors))
+    left = (book.codes == UNCOVERED).nonzero().squeeze(-1)
+    if len(left):
+        book.codes[left] = (book.directions[left] @ book.entries.T).argmax(dim=-1)
+    return book.codebook(torch.arange(num_vectors))
 
 
-def stored(entries: Tensor, codes: Tensor, norms: Tensor) -> list[Codebook]:
+def stored(entries: Tensor, codes: Tensor, norms: Tensor, counts: list[int]) -> list[Codebook]:
     """Codebooks as a region remembers them, one per kv head."""
     return [
-        Codebook(entries[head].float(), codes[head], norms[head].float(), norms[head], 0)
-        for head in range(len(codes))
+        Codebook(entries[head].float(), codes[head, :n], norms[head, :n].float(), norms[head, :n])
+        for head, n in enumerate(counts)
     ]
 
 
 def log_sum_exp(
     queries: Tensor,
     key_codebooks: list[Codebook],
-    positions: Tensor,
+    positions: list[Tensor],
     tail_keys: Tensor,
     cos_sin: Tensor,
     *,

@@ -57,8 +57,8 @@ def _turn_end(prompt_ids: Sequence[int], start: int, turn_end_ids: Sequence[Sequ
     return len(prompt)
 
 
-def turn_end_sequences(tokenizer: Any) -> list[list[int]]:
-    """Token sequences that end a user's turn, read off the tokenizer's chat template.
+def turn_end_sequences(tokenizer: Any, chat_template: str | None = None) -> list[list[int]]:
+    """Token sequences that end a user's turn, read off a chat template.
 
     They are what follows the content of a user message, and what the generation prompt adds; each
     after nothing, a space and a line break, which tokenizers write differently. And the
@@ -66,9 +66,10 @@ def turn_end_sequences(tokenizer: Any) -> list[list[int]]:
 
     Args:
         tokenizer: a transformers tokenizer.
+        chat_template: the processor's, where it has one; None for the tokenizer's own.
     """
     sequences: list[list[int]] = []
-    for text in _turn_end_texts(tokenizer):
+    for text in _turn_end_texts(tokenizer, chat_template):
         for ids in _spellings(tokenizer, text):
             if ids and ids not in sequences:
                 sequences.append(ids)
@@ -95,9 +96,9 @@ def _spellings(tokenizer: Any, text: str) -> list[list[int]]:
     return spellings
 
 
-def _turn_end_texts(tokenizer: Any) -> list[str]:
-    rendered = _render(tokenizer, add_generation_prompt=False)
-    prompted = _render(tokenizer, add_generation_prompt=True)
+def _turn_end_texts(tokenizer: Any, chat_template: str | None) -> list[str]:
+    rendered = _render(tokenizer, chat_template, add_generation_prompt=False)
+    prompted = _render(tokenizer, chat_template, add_generation_prompt=True)
     texts = []
     if CONTENT in rendered:
         texts.append(rendered.rpartition(CONTENT)[2])
@@ -106,7 +107,7 @@ def _turn_end_texts(tokenizer: Any) -> list[str]:
     return [text.strip() for text in texts if text.strip()]
 
 
-def _render(tokenizer: Any, *, add_generation_prompt: bool) -> str:
+def _render(tokenizer: Any, chat_template: str | None, *, add_generation_prompt: bool) -> str:
     """One user message through the chat template; empty where that cannot be had.
 
     Some templates take the content as a string, some as a list of parts.
@@ -115,6 +116,7 @@ def _render(tokenizer: Any, *, add_generation_prompt: bool) -> str:
         try:
             text = tokenizer.apply_chat_template(
                 [{"role": "user", "content": content}],
+                chat_template=chat_template,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )

@@ -15,7 +15,7 @@ T := tests
 SETUP := $(if $(filter file,$(origin BIN)),setup)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check format needle bench clean distclean
+.PHONY: help setup demo test test-fast check format needle shapes bench clean distclean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -44,6 +44,9 @@ format: $(SETUP)  ## formatting and the fixes ruff is sure of
 
 needle: $(SETUP)  ## train models/needle again, from generated data
 	$(BIN)/python models/needle/train.py --out models/needle
+
+shapes: $(SETUP)  ## train models/shapes again, from generated pictures; goes on where it was killed
+	$(BIN)/python models/shapes/train.py --out models/shapes
 
 bench: $(SETUP)  ## capacity and speed, stock against plugin (JSON in BENCH_JSON)
 	@mkdir -p $(dir $(BENCH_JSON))

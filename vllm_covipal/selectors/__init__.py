@@ -14,7 +14,7 @@ from vllm_covipal.selectors.grid import GridSelector
 from vllm_covipal.selectors.ppm import PpmSelector
 from vllm_covipal.selectors.random import RandomSelector
 
-__all__ = ["SELECTOR_NAMES", "Selector", "build_selector"]
+__all__ = ["SELECTOR_NAMES", "Selector", "build_selector", "uses_text"]
 
 TRAINING_FREE: dict[str, Callable[[int], Selector]] = {
     "random": RandomSelector,
@@ -24,6 +24,14 @@ TRAINING_FREE: dict[str, Callable[[int], Selector]] = {
 }
 
 SELECTOR_NAMES = ("ppm", *TRAINING_FREE)
+
+
+READS_TEXT = frozenset(s.name for s in (PpmSelector, CDPrunerSelector) if s.uses_text)
+
+
+def uses_text(name: str) -> bool:
+    """Whether that selector's choice may depend on the text context."""
+    return name in READS_TEXT
 
 
 def build_selector(

@@ -1,0 +1,1 @@
+"""Everything of covipal that imports vLLM."""

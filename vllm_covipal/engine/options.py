@@ -1,0 +1,87 @@
+"""From vLLM's own configuration to ours: the switch, what rides with the model, a request's ratio.
+
+A multimodal processor sees a ``ModelConfig`` and no ``additional_config``. So the checked options
+travel as an attribute of the model's transformers configuration, where ``--hf-overrides`` puts
+its values too; vLLM carries that to every process.
+"""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.config import ModelConfig, VllmConfig
+from vllm.exceptions import VLLMValidationError
+
+from vllm_covipal.config import KEEP_RATIO_KEY, CovipalConfig, load_config, parse_keep_ratio
+
+SECTION = "covipal"
+ATTRIBUTE = "covipal"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the user asked for, and the identity of what chooses."""
+
+    config: CovipalConfig
+    identity: str
+    """Of the selector: two that may choose differently differ in it."""
+
+
+def asked_for(vllm_config: VllmConfig) -> CovipalConfig | None:
+    """The configuration under ``additional_config["covipal"]``; None if there is none.
+
+    Raises:
+        ValueError: if it is not valid.
+    """
+    additional = vllm_config.additional_config
+    section = additional.get(SECTION) if isinstance(additional, dict) else None
+    return None if section is None else load_config(section)
+
+
+def attach(model_config: ModelConfig, options: Options) -> None:
+    """Let the options travel with the model's configuration."""
+    value = {"config": options.config.model_dump(mode="json"), "identity": options.identity}
+    model_config.hf_config.update({ATTRIBUTE: value})
+
+
+def attached(model_config: ModelConfig) -> Options | None:
+    """The options that ``attach`` put there; None where covipal is off."""
+    value = getattr(model_config.hf_config, ATTRIBUTE, None)
+    if value is None:
+        return None
+    return Options(CovipalConfig.model_validate(value["config"]), value["identity"])
+
+
+def take_keep_ratio(
+    mm_processor_kwargs: Mapping[str, object], default: float
+) -> tuple[float, dict[str, object]]:
+    """A request's keep ratio, and its processor arguments without it.
+
+    Raises:
+        VLLMValidationError: HTTP 400 for this request, if the ratio or a key is not valid.
+    """
+    rest = dict(mm_processor_kwargs)
+    value = rest.pop(KEEP_RATIO_KEY, default)
+    check_keys(rest)
+    try:
+        return parse_keep_ratio(value), rest
+    except ValueError as error:
+        raise VLLMValidationError(str(error), parameter=KEEP_RATIO_KEY, value=value) from None
+
+
+def check_keys(options: Mapping[str, object]) -> None:
+    """Refuse a misspelt option of ours.
+
+    Raises:
+        VLLMValidationError: HTTP 400 for this request.
+    """
+    for key in options:
+        if key != KEEP_RATIO_KEY and (key.startswith(SECTION) or _resembles(key)):
+            raise VLLMValidationError(
+                f"unknown option {key!r}; did you mean {KEEP_RATIO_KEY!r}?", parameter=key
+            )
+
+
+def _resembles(key: str) -> bool:
+    return bool(difflib.get_close_matches(key, [KEEP_RATIO_KEY], n=1, cutoff=0.85))

@@ -1,0 +1,61 @@
+"""Once, in the front process, before the engine starts: check, prepare, say what is on."""
+
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+
+from vllm_covipal.config import CovipalConfig
+from vllm_covipal.core.fingerprint import fingerprint
+from vllm_covipal.core.pruner_files import check_fingerprint, read_config, weights_digest
+from vllm_covipal.engine.compat import version_problem
+from vllm_covipal.engine.options import Options, asked_for, attach
+from vllm_covipal.engine.refusals import config_refusals, raise_if_any
+from vllm_covipal.engine.registration import CLASS_OF
+
+# Under vLLM's logger tree, so that the user's logging settings apply.
+logger = init_logger("vllm.covipal")
+
+
+def prepare(vllm_config: VllmConfig) -> bool:
+    """Check the configuration and, if covipal is asked for, switch it on.
+
+    Returns:
+        Whether the engine may prune.
+
+    Raises:
+        ValueError: for a bad option, or a combination that is not supported.
+    """
+    config = asked_for(vllm_config)
+    if config is None:
+        return False
+    problem = version_problem()
+    if problem is not None:
+        raise ValueError(f"covipal: {problem}")
+    raise_if_any(config_refusals(vllm_config))
+    model_config = vllm_config.model_config
+    attach(model_config, Options(config, _identity(config, model_config)))
+    # The class that vLLM starts, and its processor. What is known of the stock architecture
+    # (model_config.architecture, capabilities) stays.
+    model_config.hf_config.architectures = [CLASS_OF[model_config.architecture]]
+    logger.info("CoViPAL on: %s", _describe(config))
+    return True
+
+
+def _identity(config: CovipalConfig, model_config: object) -> str:
+    """What tells this selector's choices from another's, in cache keys."""
+    if config.ppm is None:
+        return f"{config.selector}-{config.seed}"
+    try:
+        hf_config = model_config.hf_config  # type: ignore[attr-defined]
+        model_name = model_config.model  # type: ignore[attr-defined]
+        check_fingerprint(read_config(config.ppm), fingerprint(hf_config), model_name)
+        return f"ppm-{weights_digest(config.ppm)}"
+    except ValueError as error:
+        raise ValueError(f"covipal: ppm={config.ppm!r}: {error}") from None
+
+
+def _describe(config: CovipalConfig) -> str:
+    chooses = config.selector if config.ppm is None else f"ppm {config.ppm}"
+    return (
+        f"keep_ratio={config.keep_ratio} selector={chooses} "
+        f"max_text_tokens={config.max_text_tokens} reuse_mib={config.reuse_mib}"
+    )

@@ -203,7 +203,8 @@ class PruningModule(nn.Module):
         parts = [part for pair in zip(visual, text, strict=True) for part in pair]
         rows = torch.cat([part.float() for part in parts])
         # Unit mean square: embeddings of any scale, and a linear layer sees what it was made for.
-        projected = self.project(F.rms_norm(rows, rows.shape[1:], eps=1e-24))
+        rows = F.normalize(rows, dim=1) * math.sqrt(self.config.hidden_size)
+        projected = self.project(rows)
         embedded: list[Tensor] = []
         for i, of_part in enumerate(projected.split([int(part.shape[0]) for part in parts])):
             if i % 2 == 0:

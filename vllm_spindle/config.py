@@ -83,6 +83,11 @@ class SpindleConfig(BaseModel):
     min_prompt_len: Annotated[int, Field(ge=0)] = Field(
         128, description="prompts shorter than this many tokens are kept whole"
     )
+    reduce_share: Annotated[float, Field(gt=0, le=16)] = Field(
+        1.0,
+        description="prompt tokens reduced in one engine step, over the tokens that a step may "
+        "compute (max_num_batched_tokens); the rest waits for the next steps",
+    )
     seed: int = Field(0, description="seed of the 'random' baseline")
 
     @field_validator("pool_kernel")

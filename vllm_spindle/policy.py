@@ -11,6 +11,7 @@ from functools import lru_cache
 from vllm_spindle.config import MethodName, SpindleConfig
 from vllm_spindle.core.bands import default_num_bands, split_layers, usable_num_bands
 from vllm_spindle.core.budget import BandPlan, plan_prompt
+from vllm_spindle.core.pacing import ReductionQueue
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,11 @@ class SpindlePolicy:
         """What a band does with its context."""
         methods = self.config.band_methods
         return self.config.method if methods is None else methods[band]
+
+    def reduction_queue(self, max_num_batched_tokens: int) -> ReductionQueue:
+        """An empty queue that bounds what a step reduces, by the tokens that it may compute."""
+        tokens = int(self.config.reduce_share * max_num_batched_tokens)
+        return ReductionQueue(self.num_layers, tokens)
 
     def plan(self, prompt_len: int, keep_ratio: float | None = None) -> tuple[BandPlan, ...]:
         """The plan of one prompt, one entry per band.

@@ -14,6 +14,8 @@ MODES: dict[str, dict[str, Any]] = {
     "union": {},
     "unfold": {"gqa": "unfold"},
     "codebooks": {"band_methods": ["merge", "both"]},
+    # A prompt's layers take several steps.
+    "paced": {"band_methods": ["both", "evict"], "reduce_share": 0.1},
 }
 
 
@@ -98,6 +100,7 @@ def _preemption(model: str) -> dict[str, Any]:
         "stock": None,
         "spindle": {"keep_ratio": 0.25},
         "codebooks": {"keep_ratio": 0.25, **MODES["codebooks"]},
+        "paced": {"keep_ratio": 0.25, **MODES["paced"]},
     }
     for name, spindle in sides.items():
         for memory in (64 * MIB, 2 * MIB):
@@ -166,9 +169,10 @@ def test_plan_is_held_under_aborts(runs: dict[str, Any], mode: str) -> None:
     assert run["left_over"] == []
     assert run["reduced_rows"] > 500
     assert min(run["aborted"].values()) >= 3
+    assert (run["held_steps"] > 30) == (mode == "paced")
 
 
-@pytest.mark.parametrize("side", ["spindle", "codebooks"])
+@pytest.mark.parametrize("side", ["spindle", "codebooks", "paced"])
 def test_plan_is_held_under_preemption(runs: dict[str, Any], side: str) -> None:
     """Preempted requests are reduced again, to the same plan, and leak nothing."""
     run = runs["preemption"][f"{side}-2"]
@@ -182,7 +186,7 @@ def test_plan_is_held_under_preemption(runs: dict[str, Any], side: str) -> None:
 def test_preempted_requests_answer_as_unpreempted(runs: dict[str, Any]) -> None:
     """Preemption changes no token: not in stock vLLM, and not with reduced prompts."""
     run = runs["preemption"]
-    for name in ("stock", "spindle", "codebooks"):
+    for name in ("stock", "spindle", "codebooks", "paced"):
         assert run[f"{name}-2"]["preempted"] >= 3
         assert run[f"{name}-64"]["preempted"] == 0
         assert run[f"{name}-2"]["tokens"] == run[f"{name}-64"]["tokens"]

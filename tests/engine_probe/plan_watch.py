@@ -24,6 +24,7 @@ class PlanWatch:
             "whole_rows": 0,
             "reduced_rows": 0,
             "preemptions": 0,
+            "held_steps": 0,
             "resumed_chunks_at_prompt_end": 0,
             "peak_running": 0,
         }
@@ -48,11 +49,12 @@ class PlanWatch:
     def _left_over(self) -> list[str]:
         """Requests that the adapters' own tables still know."""
         scheduler = self.engine.scheduler
-        known = [*scheduler._keep_ratios, *scheduler._reduced]
+        known = [*scheduler._keep_ratios, *scheduler._reduced, *scheduler._queue.request_ids]
         worker = getattr(self.engine.core.model_executor, "driver_worker", None)
         reduction = getattr(getattr(worker, "worker", None), "_reduction", None)
         if reduction is not None:  # In another process with tensor parallel.
             known += [*reduction.reducer._plans, *reduction.stash.holders()]
+            known += [*reduction._queue.request_ids, *reduction._ends]
         return known
 
     def _scheduled(self, *args: Any, **kwargs: Any) -> Any:
@@ -76,9 +78,12 @@ class PlanWatch:
         own = (request.sampling_params.extra_args or {}).get("spindle_keep_ratio")
         plans = self.policy.plan(prompt_len, own)
         is_past = computed >= prompt_len
+        # Scheduled for nothing once its prompt is computed: its reduction goes on.
+        is_held = is_past and scheduled == 0
+        self.counts["held_steps"] += is_held
         for manager in self.engine.managers:
             plan = plans[manager.kv_cache_spec.band]
-            num_freed = plan.first_block if is_past else 0
+            num_freed = plan.first_block if is_past and not is_held else 0
             num_rows = -(-(computed + scheduled) // manager.block_size)
             expected = [True] * num_freed + [False] * (num_rows - num_freed)
             blocks = manager.req_to_blocks[request.request_id]
@@ -91,7 +96,7 @@ class PlanWatch:
                 )
             # Beyond the prompt's own blocks a row holds one for each block of generated tokens.
             num_generated = max(0, num_rows - plan.prompt_blocks)
-            if is_past and found.count(False) - num_generated != plan.held_blocks:
+            if is_past and not is_held and found.count(False) - num_generated != plan.held_blocks:
                 self._problem(request, f"band {plan}: holds {found.count(False)} of the prompt")
             self.counts["reduced_rows" if num_freed else "whole_rows"] += 1
 

@@ -113,7 +113,7 @@ class Reducer:
     def take_stats(self) -> dict[str, Any] | None:
         """The numbers since the last call, which start again from zero; None if there are none."""
         stats, self._stats = self._stats, self._empty_stats()
-        if not stats.num_reductions:
+        if not stats.seconds:
             return None
         return {
             "seconds": stats.seconds,
@@ -163,7 +163,7 @@ class Reducer:
             batch.num_scheduled.tolist(),
             strict=True,
         )
-        for row, (request_id, prompt_len, computed, scheduled) in enumerate(rows):
+        for request_id, prompt_len, computed, scheduled in rows:
             plans = self._plans.get(request_id)
             is_past = computed >= prompt_len
             past.append(request_id if is_past and plans else None)
@@ -176,7 +176,7 @@ class Reducer:
                     sources.append(torch.arange(stop - first) + (token + first - computed))
                     targets.append(self.stash.rows(slot, offset, stop - first))
                     if stop == prompt_len:
-                        ends.append(PromptEnd(row, request_id, prompt_len, plans, slot))
+                        ends.append(PromptEnd(request_id, prompt_len, plans, slot))
             token += scheduled
         self._plan_rows(past)
         return Step(
@@ -220,29 +220,42 @@ class Reducer:
         ]
         return BandRows.of(tails, num_copies=1), codebooks
 
-    def reduce(self, end: PromptEnd, block_ids: Callable[[int, int], Tensor]) -> None:
-        """Compact one ended prompt in every band that reduces it.
+    def reduce(
+        self,
+        end: PromptEnd,
+        first_layer: int,
+        stop_layer: int,
+        block_ids: Callable[[int, str], Tensor],
+    ) -> None:
+        """Compact some layers of one ended prompt, where their bands reduce it.
 
         Args:
             end: the prompt.
-            block_ids: ``(band, row) -> block ids of the row``, int64, at least the prompt's.
+            first_layer, stop_layer: the layers, of all; the last one ends the reduction.
+            block_ids: ``(band, request id) -> block ids of the row``, int64, at least the prompt's.
         """
         started = time.perf_counter()
-        for band, plan in enumerate(end.plans):
-            if not plan.is_reduced:
+        for band, layers in enumerate(self.policy.bands):
+            plan = end.plans[band]
+            mine = range(max(first_layer, layers.start), min(stop_layer, layers.stop))
+            if not mine or not plan.is_reduced:
                 continue
-            row_blocks = block_ids(band, end.row)
+            row_blocks = block_ids(band, end.request_id)
             region = self.regions[band]
+            blocks = row_blocks[plan.first_block : plan.tail_block]
             kept = 0.0
-            for layer in self.bands[band]:
+            for layer_idx in mine:
+                layer = self.bands[band][layer_idx - layers.start]
                 prompt = self._read_prompt(layer, end, row_blocks[: plan.prompt_blocks])
-                blocks = row_blocks[plan.first_block : plan.tail_block]
-                kept += region.fill(layer, prompt, plan, blocks) / len(self.bands[band])
-            self._stats.tokens_evicted[band] += plan.tail_block * self.policy.block_size - kept
+                kept += region.fill(layer, prompt, plan, blocks)
+            num_context = plan.tail_block * self.policy.block_size
+            evicted = num_context * len(mine) - kept
+            self._stats.tokens_evicted[band] += evicted / len(layers)
             if isinstance(region, CodebookRegion):
-                self._stats.tokens_merged[band] += kept
-        self.stash.release(end.request_id)
-        self._stats.num_reductions += 1
+                self._stats.tokens_merged[band] += kept / len(layers)
+        if stop_layer == self.policy.num_layers:
+            self.stash.release(end.request_id)
+            self._stats.num_reductions += 1
         self._stats.seconds += time.perf_counter() - started
 
     def _read_prompt(self, layer: ReducedLayer, end: PromptEnd, blocks: Tensor) -> LayerPrompt:

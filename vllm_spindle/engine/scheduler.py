@@ -1,4 +1,7 @@
-"""The scheduler's adapter: free reduced prompts early, keep chunks off a prompt's end, count."""
+"""The scheduler's adapter: hold prompts until they are reduced, free early, count.
+
+It also keeps chunks off a prompt's end.
+"""
 
 from typing import Any
 
@@ -23,6 +26,9 @@ class SpindleSchedulerMixin:
         self._bands.sort(key=lambda manager: manager.band)
         for manager in self._bands:
             manager.share_keep_ratios(self._keep_ratios)
+        self._queue = self._bands[0].policy.reduction_queue(
+            self.scheduler_config.max_num_batched_tokens
+        )
         self._stats = _empty_stats(len(self._bands))
 
     def add_request(self, request: Request) -> None:
@@ -42,11 +48,29 @@ class SpindleSchedulerMixin:
         for request in self.running:
             if request.request_id not in self._reduced:
                 self._free_if_processed(request)
-        return super().schedule(*args, **kwargs)
+        output = super().schedule(*args, **kwargs)
+        self._advance(output.num_scheduled_tokens)
+        return output
+
+    def _advance(self, num_scheduled_tokens: dict[str, int]) -> None:
+        """What the worker will reduce after this step: see ``RunnerReduction.finish``."""
+        ended = [
+            request
+            for request in self.running
+            if request.request_id not in self._reduced
+            and request.num_computed_tokens == request.num_prompt_tokens
+            and request.request_id in num_scheduled_tokens
+        ]
+        for request in sorted(ended, key=lambda request: request.request_id):
+            num_tokens = request.num_prompt_tokens
+            plans = [manager.plan(request.request_id, num_tokens) for manager in self._bands]
+            if any(plan.is_reduced for plan in plans):
+                self._queue.push(request.request_id, num_tokens)
+        self._queue.advance()
 
     def _free_if_processed(self, request: Request) -> None:
         processed = request.num_computed_tokens - request.num_in_flight_tokens
-        if processed < request.num_prompt_tokens:
+        if processed < request.num_prompt_tokens or request.request_id in self._queue:
             return
         self.kv_cache_manager.remove_skipped_blocks(
             request.request_id, processed, request.num_prompt_tokens
@@ -63,11 +87,13 @@ class SpindleSchedulerMixin:
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
-        """Never let a chunk reach across the end of the prompt.
+        """No tokens while the prompt waits for its reduction; no chunk across the prompt's end.
 
         Only a request resumed after preemption could: it prefills prompt and output. Stopping
         at the prompt's end lets its output attend to the reduced cache again, as it did before.
         """
+        if request.request_id in self._queue:
+            return 0
         num_new_tokens = super()._reserve_prefill_lookahead(
             request, num_computed_tokens, num_new_tokens
         )
@@ -76,10 +102,12 @@ class SpindleSchedulerMixin:
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)
+        self._queue.drop(request.request_id)
         self._reduced.discard(request.request_id)
 
     def _free_blocks(self, request: Request) -> None:
         super()._free_blocks(request)
+        self._queue.drop(request.request_id)
         self._reduced.discard(request.request_id)
         self._keep_ratios.pop(request.request_id, None)
 

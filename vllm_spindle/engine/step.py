@@ -33,7 +33,6 @@ class BatchView:
 class PromptEnd:
     """A prompt whose last token is in this step, and which some band reduces after it."""
 
-    row: int
     request_id: str
     prompt_len: int
     plans: tuple[BandPlan, ...]

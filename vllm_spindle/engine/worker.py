@@ -19,7 +19,7 @@ from vllm_spindle.engine.reduction import Reducer
 from vllm_spindle.engine.regions import ReducedLayer
 from vllm_spindle.engine.rotary_table import rotary_table
 from vllm_spindle.engine.spec import SpindleSpec
-from vllm_spindle.engine.step import BatchView, Step
+from vllm_spindle.engine.step import BatchView, PromptEnd, Step
 from vllm_spindle.engine.window import WindowStash
 
 if TYPE_CHECKING:
@@ -62,6 +62,9 @@ class RunnerReduction:
     def __init__(self, runner: Any) -> None:
         self._runner = runner
         self.reducer = _make_reducer(runner)
+        config = runner.vllm_config.scheduler_config
+        self._queue = self.reducer.policy.reduction_queue(config.max_num_batched_tokens)
+        self._ends: dict[str, PromptEnd] = {}
         self._group_of_band = _groups(runner)
         self.reducer.warm_up()
         self._scheduler_output: Any = None
@@ -97,11 +100,14 @@ class RunnerReduction:
         """A new step: learn new requests, forget the ended ones."""
         self._scheduler_output = scheduler_output
         self._step = None
+        preempted = scheduler_output.preempted_req_ids or ()
+        for request_id in (*scheduler_output.finished_req_ids, *preempted):
+            # A preempted request computes its whole prompt again, window included.
+            self.stash.release(request_id)
+            self._queue.drop(request_id)
+            self._ends.pop(request_id, None)
         for request_id in scheduler_output.finished_req_ids:
             self.reducer.forget(request_id)
-        # A preempted request computes its whole prompt again, window included.
-        for request_id in scheduler_output.preempted_req_ids or ():
-            self.stash.release(request_id)
         for request in scheduler_output.scheduled_new_reqs:
             self.reducer.admit(
                 request.req_id,
@@ -112,11 +118,16 @@ class RunnerReduction:
             )
 
     def finish(self) -> None:
-        """Reduce the prompts that ended; the next step already reads the reduced rows."""
-        if self._step is None:
-            return
-        for end in self._step.prompt_ends:
-            self.reducer.reduce(end, self._block_ids)
+        """Reduce prompts that ended, as much as a step may; the scheduler holds back the rest."""
+        ends = self._step.prompt_ends if self._step is not None else ()
+        for end in sorted(ends, key=lambda end: end.request_id):
+            self._queue.push(end.request_id, end.prompt_len)
+            self._ends[end.request_id] = end
+        for work in self._queue.advance():
+            end = self._ends[work.request_id]
+            self.reducer.reduce(end, work.first_layer, work.stop_layer, self._block_ids)
+            if work.request_id not in self._queue:
+                del self._ends[work.request_id]
 
     def _batch(self) -> BatchView:
         batch = self._runner.input_batch
@@ -129,10 +140,10 @@ class RunnerReduction:
             num_scheduled=np.array([scheduled[request_id] for request_id in request_ids]),
         )
 
-    def _block_ids(self, band: int, row: int) -> Tensor:
-        table = self._runner.input_batch.block_table[self._group_of_band[band]]
-        num_blocks = table.num_blocks_per_row[row]
-        return torch.from_numpy(table.block_table.np[row, :num_blocks].astype(np.int64))
+    def _block_ids(self, band: int, request_id: str) -> Tensor:
+        # Not from the batch: who waits for its reduction is not in it.
+        block_ids = self._runner.requests[request_id].block_ids[self._group_of_band[band]]
+        return torch.tensor(block_ids, dtype=torch.int64)
 
 
 def _groups(runner: Any) -> list[int]:

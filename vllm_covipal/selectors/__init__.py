@@ -22,11 +22,13 @@ TRAINING_FREE: dict[str, Callable[[int], Selector]] = {
     "divprune": lambda seed: DivPruneSelector(),
     "cdpruner": lambda seed: CDPrunerSelector(),
 }
+"""name -> what makes the selector from a seed."""
 
 SELECTOR_NAMES = ("ppm", *TRAINING_FREE)
 
-
-READS_TEXT = frozenset(s.name for s in (PpmSelector, CDPrunerSelector) if s.uses_text)
+READS_TEXT = frozenset(
+    {PpmSelector.name, *(name for name, make in TRAINING_FREE.items() if make(0).uses_text)}
+)
 
 
 def uses_text(name: str) -> bool:

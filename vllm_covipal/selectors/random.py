@@ -30,4 +30,5 @@ class RandomSelector(Selector):
     def _order(self, num_candidates: int) -> Tensor:
         text = f"{self.seed}:{num_candidates}".encode()
         seed = int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
-        return torch.randperm(num_candidates, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator("cpu").manual_seed(seed)
+        return torch.randperm(num_candidates, generator=generator, device="cpu")

@@ -7,7 +7,7 @@ from torch import Tensor
 import oracles_selectors as oracles
 from vllm_covipal.core.pruner import PruningModule, PruningModuleConfig
 from vllm_covipal.core.visual_item import VisualItem
-from vllm_covipal.selectors import SELECTOR_NAMES, build_selector
+from vllm_covipal.selectors import SELECTOR_NAMES, build_selector, uses_text
 from vllm_covipal.selectors import cosines as cosines_module
 from vllm_covipal.selectors.cdpruner import greedy_map, relevance
 from vllm_covipal.selectors.divprune import farthest_points
@@ -160,7 +160,7 @@ def test_only_the_text_aware_say_so() -> None:
     """What goes into cache keys hangs on it."""
     module = PruningModule(PruningModuleConfig.for_hidden_size(64))
     aware = {n for n in SELECTOR_NAMES if build_selector(n, pruning_module=module).uses_text}
-    assert aware == {"ppm", "cdpruner"}
+    assert aware == {"ppm", "cdpruner"} == {n for n in SELECTOR_NAMES if uses_text(n)}
     assert {build_selector(n, pruning_module=module).name for n in SELECTOR_NAMES} == set(
         SELECTOR_NAMES
     )
@@ -172,3 +172,20 @@ def test_unknown_names_and_a_missing_module_are_refused() -> None:
         build_selector("fastv")
     with pytest.raises(ValueError, match="'ppm' needs a pruning module"):
         build_selector("ppm")
+
+
+@pytest.mark.parametrize("name", SELECTOR_NAMES)
+def test_the_default_dtype_does_not_matter(name: str) -> None:
+    """vLLM sets bf16 as the default while it builds and profiles: float32 is what chooses."""
+    torch.manual_seed(0)
+    module = PruningModule(PruningModuleConfig.for_hidden_size(64)).eval()
+    selector = build_selector(name, pruning_module=module)
+    item = VisualItem(_rows(90, 64), _rows(7, 64, seed=1), None, ((9, 10),), 20)
+    expected = selector.select([item])[0].tolist()
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.inference_mode():
+            assert selector.select([item])[0].tolist() == expected
+    finally:
+        torch.set_default_dtype(default)

@@ -20,6 +20,11 @@ def register() -> None:
 
 
 def _on_engine_config(vllm_config: Any) -> None:
+    from vllm_covipal.engine.options import check_request, processor_kwargs
     from vllm_covipal.engine.startup import prepare
+    from vllm_spindle_patches import chat_params, plugin_stats, request_admission
 
-    prepare(vllm_config)
+    request_admission.apply(check_request)
+    if prepare(vllm_config):
+        chat_params.apply(processor_kwargs)
+        plugin_stats.apply()

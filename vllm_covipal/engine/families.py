@@ -58,8 +58,8 @@ class Family(ABC):
     def num_encoder_rows(self, model: Any, modality: str, fields: Mapping[str, Any]) -> int:
         """Rows that the vision tower works on for this item: what bounds a batch's memory."""
 
-    def check_placeholders(self, ranges: Mapping[str, Sequence[Any]]) -> None:
-        """Refuse a prompt whose pruned items cannot be placed.
+    def check_placeholders(self, ranges: Mapping[str, Sequence[Any]]) -> None:  # noqa: B027
+        """Refuse a prompt whose pruned items cannot be placed; most families place any.
 
         Raises:
             VLLMValidationError: HTTP 400.

@@ -85,3 +85,27 @@ def check_keys(options: Mapping[str, object]) -> None:
 
 def _resembles(key: str) -> bool:
     return bool(difflib.get_close_matches(key, [KEEP_RATIO_KEY], n=1, cutoff=0.85))
+
+
+def processor_kwargs(vllm_xargs: Mapping[str, object]) -> dict[str, object]:
+    """Our options among a request's ``vllm_xargs``, for the processor, which checks them."""
+    return {key: value for key, value in vllm_xargs.items() if key.startswith(SECTION)}
+
+
+def check_request(vllm_config: VllmConfig, params: Any, resumable: bool) -> None:
+    """Refuse a ratio that this server cannot serve, before the request is admitted.
+
+    A chat's ratio was checked by the processor; this sees requests that never reached it.
+
+    Raises:
+        VLLMValidationError: HTTP 400 for this request.
+    """
+    extra_args = getattr(params, "extra_args", None) or {}
+    keep_ratio, _ = take_keep_ratio(processor_kwargs(extra_args), 1.0)
+    if keep_ratio < 1 and attached(vllm_config.model_config) is None:
+        raise VLLMValidationError(
+            "this server runs without covipal, so it cannot prune one request's visual tokens; "
+            "start it with --additional-config '{\"covipal\": {...}}'",
+            parameter=KEEP_RATIO_KEY,
+            value=keep_ratio,
+        )

@@ -7,16 +7,18 @@ cache key an item by its hash: the ratio, the text and the selector must all be 
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
-from vllm.multimodal.processing import PromptUpdate
+from vllm.multimodal.processing import PromptUpdate, PromptUpdateDetails
 
 from vllm_covipal.config import KEEP_RATIO_KEY
 from vllm_covipal.core.budget import kept_rows
 from vllm_covipal.core.text_context import special_ids, text_context, turn_end_sequences
 from vllm_covipal.engine.families import Family
+from vllm_covipal.engine.metrics import count_tokens
 from vllm_covipal.engine.options import Options, attached, take_keep_ratio
 from vllm_covipal.engine.request_fields import PruningRequest, field_configs, pack
 from vllm_covipal.selectors import uses_text
@@ -42,7 +44,7 @@ def pruning_factory(stock: Callable[..., Any], family: Family) -> Callable[..., 
     return make
 
 
-@lru_cache(maxsize=None)
+@cache
 def _pruning_class(stock_class: type) -> type:
     return type(f"Pruning{stock_class.__name__}", (PruningProcessorMixin, stock_class), {})
 
@@ -76,9 +78,10 @@ class PruningProcessorMixin:
             inputs.hf_processor_mm_kwargs, self._options.config.keep_ratio
         )
         inputs = dataclasses.replace(inputs, hf_processor_mm_kwargs=kwargs)
-        if keep_ratio < 1 and any(inputs.mm_data_items.get_all_counts().values()):
-            requests = self._requests(inputs, keep_ratio)
-            inputs.hf_processor_mm_kwargs = {**kwargs, REQUESTS_KEY: requests}
+        if keep_ratio == 1 or not any(inputs.mm_data_items.get_all_counts().values()):
+            return super().apply(inputs, timing_ctx)  # type: ignore[misc]
+        requests = self._requests(inputs, keep_ratio)
+        inputs.hf_processor_mm_kwargs = {**kwargs, REQUESTS_KEY: requests}
         result = super().apply(inputs, timing_ctx)  # type: ignore[misc]
         self._family.check_placeholders(result["mm_placeholders"])
         return result
@@ -145,19 +148,43 @@ class PruningProcessorMixin:
             for update in updates
         ]
 
+    def _maybe_apply_prompt_updates(self, mm_items: Any, mm_res: Any) -> Any:
+        contents = [
+            update.content
+            for items in mm_res.prompt_updates.values()
+            for updates in items
+            for update in updates
+            if isinstance(update.content, PrunedContent)
+        ]
+        if contents:
+            count_tokens(
+                self.info.ctx.model_config.served_model_name,  # type: ignore[attr-defined]
+                sum(content.num_unpruned for content in contents),
+                sum(len(content.full) for content in contents),
+            )
+        return super()._maybe_apply_prompt_updates(mm_items, mm_res)  # type: ignore[misc]
+
     def _shrunk(
         self, update: Any, mm_items: Any, requests: Sequence[PruningRequest]
     ) -> PromptUpdate:
-        def replacement(item_idx: int) -> list[int]:
+        def replacement(item_idx: int) -> "PrunedContent":
             stock = update.replacement
             tokens = stock(item_idx) if callable(stock) else stock
             num_structure = self._family.num_structure_rows(
                 self.info, update.modality, mm_items, item_idx
             )
             num_kept = kept_rows(len(tokens), num_structure, requests[item_idx].keep_ratio)
-            return list(tokens[:num_kept])
+            return PrunedContent(list(tokens[:num_kept]), num_unpruned=len(tokens))
 
         return dataclasses.replace(update, replacement=replacement)
+
+
+@dataclass
+class PrunedContent(PromptUpdateDetails):
+    """The placeholders of a pruned item; it rides with the item through the processor cache."""
+
+    num_unpruned: int = 0
+    """Placeholders that the stock processor would have written."""
 
 
 def _take_requests(

@@ -9,6 +9,7 @@ from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGenera
 from vllm.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
+from vllm_covipal.engine import metrics
 from vllm_covipal.engine.families import (
     LlavaFamily,
     LlavaNextFamily,
@@ -17,9 +18,10 @@ from vllm_covipal.engine.families import (
 )
 from vllm_covipal.engine.model import PruningMixin, PruningMRoPEMixin
 from vllm_covipal.engine.processor import pruning_factory
-from vllm_spindle_patches import media_positions
+from vllm_spindle_patches import media_positions, worker_stats
 
 media_positions.apply()
+worker_stats.apply(metrics.NAME, metrics.worker_stats)
 
 
 def with_pruning_processor(model_class: Any) -> Any:

@@ -131,7 +131,8 @@ class SpindleSchedulerMixin:
         for band, manager in enumerate(self._bands):
             self._stats["bands"]["blocks_freed"][band] += manager.num_freed_blocks
             manager.num_freed_blocks = 0
-        scheduler_stats.plugin_stats = {"spindle": self._stats}
+        stats = {"spindle": self._stats}
+        scheduler_stats.plugin_stats = {**(scheduler_stats.plugin_stats or {}), **stats}
         self._stats = _empty_stats(len(self._bands))
         return scheduler_stats
 

@@ -52,7 +52,7 @@ class SpindleWorkerMixin:
         output = super().sample_tokens(grammar_output)
         stats = self._reduction.reducer.take_stats() if self._reduction is not None else None
         if stats is not None:
-            output.plugin_stats = {"spindle": stats}
+            output.plugin_stats = {**(output.plugin_stats or {}), "spindle": stats}
         return output
 
 

@@ -1,0 +1,80 @@
+"""The console script ``vllm-covipal``: one table of subcommands, each imported only when it runs.
+
+A command's module has ``add_arguments(parser)`` and ``run(args) -> exit code``. What it raises
+as ``ValueError`` is the user's to mend: one line, exit code 2. ``RuntimeError`` says that
+something it started failed: its message, exit code 1.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+from typing import NoReturn
+
+PROGRAM = "vllm-covipal"
+
+# name, module, one line of help
+COMMANDS = (
+    (
+        "inspect",
+        "vllm_covipal.commands.inspect",
+        "a picture of what each selector keeps of an image, for a question",
+    ),
+    (
+        "bench",
+        "vllm_covipal.commands.bench",
+        "encode and prefill time, tokens and KV blocks, stock and pruned in one run",
+    ),
+)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser that says what is wrong in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2."""
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def make_parser(chosen: str | None) -> argparse.ArgumentParser:
+    """The parser of every command; only the chosen one's module is imported, for its arguments."""
+    parser = OneLineParser(
+        PROGRAM, description="CoViPAL in vLLM: see what is pruned, and what it saves."
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"{PROGRAM} {version('vllm-spindle')}"
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module, text in COMMANDS:
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        if name == chosen:
+            import_module(module).add_arguments(command)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    chosen = next((word for word in arguments if not word.startswith("-")), None)
+    args = make_parser(chosen).parse_args(arguments)
+    module = {name: module for name, module, _ in COMMANDS}[args.command]
+    try:
+        return import_module(module).run(args)
+    except ValueError as error:
+        return _fail(args.command, error, 2)
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:  # its subclasses are other people's: bugs
+            raise
+        return _fail(args.command, error, 1)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _fail(command: str, error: Exception, code: int) -> int:
+    print(f"{PROGRAM} {command}: {error}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,10 +1,12 @@
 """Random-weight vision-language models with processors, for tests of equality and counts."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessor,
@@ -258,3 +260,21 @@ FAMILIES: dict[str, Callable[[], Pair]] = {
     "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
 }
+
+
+def write(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Write the model and its processor where vLLM can load them, and return the folder."""
+    model, processor = FAMILIES[family]()
+    model.to(dtype).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    # transformers 5.19 drops a level that vLLM's LLaVA expects, as the hub's checkpoints have it.
+    save_file(
+        {
+            name.replace("vision_tower.", "vision_tower.vision_model."): weight
+            for name, weight in weights.items()
+        },
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    return folder

@@ -101,8 +101,9 @@ class SpindleConfig(BaseModel):
     def _consistent(self) -> Self:
         if self.merges and self.gqa == "unfold":
             raise ValueError(
-                "gqa='unfold' keeps copies, which a codebook stores once anyway: use 'union' or "
-                "'mean' with method 'merge' or 'both'"
+                "gqa='unfold' makes copies for a codebook to absorb, and how large that gets is "
+                "known after the data only, so it is not served: use 'union' or 'mean' with "
+                "method 'merge' or 'both'; 'vllm-spindle calibrate' measures the unfolded route"
             )
         if self.band_methods is not None and self.num_bands not in (None, len(self.band_methods)):
             raise ValueError(

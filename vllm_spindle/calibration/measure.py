@@ -16,6 +16,7 @@ from torch import Tensor
 from vllm_spindle.calibration.attention import attend
 from vllm_spindle.calibration.capture import CapturedPrompt, replay
 from vllm_spindle.calibration.reduce import Reduced, cover_sizes, dense, reduce_layer
+from vllm_spindle.calibration.unfolded import unfold_layer
 from vllm_spindle.config import MethodName, SpindleConfig
 from vllm_spindle.policy import SpindlePolicy
 
@@ -164,9 +165,27 @@ def mean_covers(policy: SpindlePolicy, prompts: Sequence[CapturedPrompt]) -> lis
                 "layer": layer_idx,
                 "keys": torch.tensor([size.keys for size in sizes]).mean(dim=0).tolist(),
                 "values": torch.tensor([size.values for size in sizes]).mean(dim=0).tolist(),
+                "layer_keys": sum(size.layer_keys for size in sizes) / len(sizes),
+                "layer_values": sum(size.layer_values for size in sizes) / len(sizes),
             }
         )
     return covers
+
+
+def mean_unfolded(
+    policy: SpindlePolicy, prompts: Sequence[CapturedPrompt]
+) -> list[dict[str, float]]:
+    """Per layer the paper's own route, mean over prompts; ready for JSON."""
+    rows = []
+    for layer_idx in range(policy.num_layers):
+        band = policy.band_of_layer(layer_idx)
+        found = [
+            asdict(unfold_layer(policy, policy.plan(prompt.prompt_len)[band], prompt, layer_idx))
+            for prompt in prompts
+        ]
+        means = {name: sum(each[name] for each in found) / len(found) for name in found[0]}
+        rows.append({"layer": layer_idx, **means})
+    return rows
 
 
 def _divergence(expected: Tensor, found: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ The engine's steps without its blocks: the same choice, the same cover, the same
 Shapes: K kv heads, C context tokens that are left, D head size.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from vllm_spindle.config import MethodName
 from vllm_spindle.core.admission import Admitted
 from vllm_spindle.core.budget import BandPlan
 from vllm_spindle.core.choice import ChoiceRule, rank_context
-from vllm_spindle.core.codebook import Codebook, cover_heads
+from vllm_spindle.core.codebook import Codebook, ScopeName, cover_heads
 from vllm_spindle.core.eviction import gather_kept
 from vllm_spindle.core.rotary import rotate_keys, unrotate_keys
 from vllm_spindle.engine.codebook_shape import codebook_shape
@@ -41,10 +41,17 @@ class Reduced:
 
 @dataclass(frozen=True)
 class CoverSizes:
-    """Entries that a layer's whole context needs at the thresholds, by kv head, over tokens."""
+    """Entries that a layer's whole prompt needs at the thresholds, over its keys or values.
+
+    Attributes:
+        keys, values: a table per kv head, by head.
+        layer_keys, layer_values: one table for all kv heads.
+    """
 
     keys: tuple[float, ...]
     values: tuple[float, ...]
+    layer_keys: float
+    layer_values: float
 
 
 def reduce_layer(
@@ -94,14 +101,19 @@ def cover_sizes(policy: SpindlePolicy, prompt: CapturedPrompt, layer_idx: int) -
     positions = torch.arange(prompt.prompt_len)
     keys = unrotate_keys(layer.keys[:, : prompt.prompt_len], positions, prompt.cos_sin)
     values = layer.values[:, : prompt.prompt_len].float()
-    config = policy.config
+    theta_key, theta_value = policy.config.theta_key, policy.config.theta_value
     return CoverSizes(
-        keys=_shares(cover_heads(keys, "head", config.theta_key, WINDOW, CompiledBook)),
-        values=_shares(cover_heads(values, "head", config.theta_value, WINDOW, CompiledBook)),
+        keys=_shares(keys, "head", theta_key),
+        values=_shares(values, "head", theta_value),
+        layer_keys=_shares(keys, "layer", theta_key)[0],
+        layer_values=_shares(values, "layer", theta_value)[0],
     )
 
 
-def _shares(books: Iterable[Codebook]) -> tuple[float, ...]:
+def _shares(vectors: Tensor, scope: ScopeName, threshold: float) -> tuple[float, ...]:
+    num_heads = vectors.shape[0] if scope == "layer" else 1  # that share a table
+    window = WINDOW // num_heads
+    books = cover_heads(vectors, scope, threshold, window, CompiledBook)
     return tuple(len(book.entries) / len(book.codes) for book in books)
 
 

@@ -65,7 +65,10 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--keep-ratio={args.keep_ratio}: must be below 1, or nothing is lost")
         base = base.model_copy(update={"keep_ratio": DEFAULT_KEEP_RATIO})
     if base.gqa == "unfold":
-        raise ValueError("--gqa=unfold: keeps copies and cannot merge; use union or mean")
+        raise ValueError(
+            "--gqa=unfold: is measured beside whatever is chosen, and cannot be served with "
+            "codebooks; use union or mean"
+        )
     geometry = read_geometry(args.model)
     key_shares = KEY_SHARES if args.key_share is None else (base.key_share,)
     policies = [
@@ -114,7 +117,7 @@ def calibrate(
     """
     from vllm_spindle.calibration.capture import capture, load_model
     from vllm_spindle.calibration.choice import choose_plan, measure_bands
-    from vllm_spindle.calibration.measure import Bench, mean_covers
+    from vllm_spindle.calibration.measure import Bench, mean_covers, mean_unfolded
 
     loaded = load_model(model, dtype)
     window = policies[0].config.window
@@ -126,6 +129,7 @@ def calibrate(
         update={"band_methods": methods, "num_bands": len(methods), "method": "evict"}
     )
     lengths = [len(prompt) for prompt in prompts]
+    is_grouped = policies[0].num_queries_per_kv > 1
     report = {
         "num_prompts": len(prompts),
         "shortest_prompt": min(lengths),
@@ -135,6 +139,7 @@ def calibrate(
         "config": config.model_dump(mode="json"),
         **best.as_report(),
         "covers": mean_covers(policies[0], captured),
+        "unfolded": mean_unfolded(policies[0], captured) if is_grouped else [],
         "tried": [
             {
                 "num_bands": len(each.bands),

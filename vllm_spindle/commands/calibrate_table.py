@@ -18,6 +18,8 @@ def print_calibration(report: dict[str, Any]) -> None:
     console.print(_covers(report))
     console.print(_bands(report))
     console.print(_wholes(report))
+    if report["unfolded"]:
+        console.print(_unfolded(report))
 
 
 def _covers(report: dict[str, Any]) -> Table:
@@ -25,12 +27,36 @@ def _covers(report: dict[str, Any]) -> Table:
     table = Table(
         title="How redundant the layers are",
         caption=f"entries needed over tokens, by kv head, at theta {config['theta_key']:g} (keys) "
-        f"and {config['theta_value']:g} (values)",
+        f"and {config['theta_value']:g} (values); last: one table for all kv heads, keys and "
+        "values",
     )
-    for title in ("layer", "keys", "values"):
+    for title in ("layer", "keys", "values", "scope layer"):
         table.add_column(title, justify="right")
     for cover in report["covers"]:
-        table.add_row(str(cover["layer"]), _shares(cover["keys"]), _shares(cover["values"]))
+        table.add_row(
+            str(cover["layer"]),
+            _shares(cover["keys"]),
+            _shares(cover["values"]),
+            _shares([cover["layer_keys"], cover["layer_values"]]),
+        )
+    return table
+
+
+def _unfolded(report: dict[str, Any]) -> Table:
+    table = Table(
+        title="The paper's route: a copy per query head, absorbed by a codebook per kv head",
+        caption="as large as it takes, so measured and not served; ratios of the context: the "
+        "paper's by its eq. 15, of an unfolded cache; true: of the GQA cache, codes included",
+    )
+    for title in ("layer", "paper's\nratio", "true\nratio", "error\nanswer"):
+        table.add_column(title, justify="right")
+    for row in report["unfolded"]:
+        table.add_row(
+            str(row["layer"]),
+            f"{row['paper_ratio']:.3f}",
+            f"{row['true_ratio']:.3f}",
+            f"{row['answer_error']:.4f}",
+        )
     return table
 
 

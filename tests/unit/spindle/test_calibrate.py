@@ -15,6 +15,7 @@ from vllm_spindle.calibration.choice import choose_method, choose_whole
 from vllm_spindle.calibration.measure import METHODS, BandMeasure, Bench, WholeMeasure
 from vllm_spindle.calibration.plan_file import plan_text
 from vllm_spindle.calibration.reduce import cover_sizes, dense, reduce_layer
+from vllm_spindle.calibration.unfolded import unfold_layer
 from vllm_spindle.config import SpindleConfig, load_config
 from vllm_spindle.core.reference import attend_reduced
 from vllm_spindle.policy import SpindlePolicy
@@ -128,6 +129,33 @@ def test_layer_0_is_exact_in_as_many_entries_as_words(model: Any, captured: Capt
     merged = Bench(model, [captured], chosen).band(0, "merge")
     assert merged.overflow == 0
     assert merged.answer_error < 0.02
+
+
+def test_one_table_for_all_heads_is_no_larger(captured: CapturedPrompt) -> None:
+    """Scope layer: the same words, but each kv head's vectors are its own."""
+    for layer_idx in range(NUM_LAYERS):
+        cover = cover_sizes(policy(), captured, layer_idx)
+        for shared, own in (
+            (cover.layer_keys, cover.keys),
+            (cover.layer_values, cover.values),
+        ):
+            # Windows hold fewer tokens of each head: a cover may come out a little larger.
+            assert 0 < shared <= 1.1 * sum(own) / len(own)
+
+
+def test_the_papers_route_is_byte_counted(captured: CapturedPrompt) -> None:
+    """Copies are absorbed: layer 0 stays exact; their codes are paid for, and by the paper not."""
+    chosen = policy()
+    for layer_idx, plan in enumerate(chosen.plan(PROMPT_LEN)):
+        found = unfold_layer(chosen, plan, captured, layer_idx)
+        # An index and a norm for each of G = 4 copies of key and value, D = 32, and a position.
+        codes = plan.reduced_blocks / plan.tail_block * 4 * (2 * 4 + 4) / (2 * 32 * 2)
+        entries = found.true_ratio - codes
+        assert 0 < entries <= plan.reduced_blocks / plan.tail_block * 4
+        # Eq. 15: entries of the unfolded cache, each with an index and a norm.
+        assert found.paper_ratio == pytest.approx(entries / 4 * (1 + 2 / 32))
+        if layer_idx == 0:  # twelve keys and twelve values of each kv head
+            assert entries <= 24 / (2 * plan.tail_block * 32)
 
 
 def calibrate(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:

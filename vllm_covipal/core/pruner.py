@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from vllm_covipal.core.ragged_attention import RaggedAttention
 
 HEAD_SIZE = 32
+MIN_LENGTH = 1e-12
+"""Of a row, so that a row of zeros stays one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,10 +203,12 @@ class PruningModule(nn.Module):
     def _embed(self, visual: Sequence[Tensor], text: Sequence[Tensor]) -> Tensor:
         """Rows of all items, [visual, null, text] each. [M, m]."""
         parts = [part for pair in zip(visual, text, strict=True) for part in pair]
-        rows = torch.cat([part.float() for part in parts])
+        rows = torch.cat(parts).float()
         # Unit mean square: embeddings of any scale, and a linear layer sees what it was made for.
-        rows = F.normalize(rows, dim=1) * math.sqrt(self.config.hidden_size)
-        projected = self.project(rows)
+        # Scaled behind the product, where rows are m wide and not D.
+        lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp(min=MIN_LENGTH)
+        scale = math.sqrt(self.config.hidden_size) / lengths
+        projected = F.linear(rows, self.project.weight) * scale + self.project.bias
         embedded: list[Tensor] = []
         for i, of_part in enumerate(projected.split([int(part.shape[0]) for part in parts])):
             if i % 2 == 0:

@@ -1,0 +1,101 @@
+"""However requests meet in a batch, in chunks or in a cache, each gets the same answer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from engine_child import in_child
+
+pytestmark = pytest.mark.engine
+
+NUM_REQUESTS = 64
+OPTIONS = {"selector": "cdpruner", "keep_ratio": 0.5}
+CACHELESS = {"enable_prefix_caching": False, "mm_processor_cache_gb": 0}
+
+
+def mixed(family: str) -> list[Any]:
+    """Ratios, picture counts, duplicates, one picture with other words, words alone."""
+    import random
+
+    from engine_probe.lvlm import LvlmAsk
+
+    chooser = random.Random(0)
+    words = ("what is red ?", "what is the color of blue square ?", "left or right ?", "Hello")
+    shapes = ((96, 48), (48, 96), (64, 64))
+    pictures = [(*shapes[i % 3], i) for i in range(7)]
+    found = []
+    for i in range(NUM_REQUESTS):
+        count = (0, 1, 1, 1, 2, 3)[i % 6]
+        chosen = chooser.choices(pictures, k=count)
+        text = " You ".join(["@"] * count) + " " + chooser.choice(words)
+        ratio = chooser.choice((None, 1.0, 0.5, 0.25, 0.1)) if count else None
+        found.append(LvlmAsk(text, chosen, keep_ratio=ratio))
+    return found
+
+
+def answers(model: str, family: str) -> dict[str, Any]:
+    """The same 64 requests in five ways, on three engines."""
+    from engine_probe.lvlm import answer, lvlm_engine, model_of
+
+    asks, found = mixed(family), {}
+    with lvlm_engine(model, family, {**OPTIONS, "reuse_mib": 0}, **CACHELESS) as llm:
+        found["one by one"] = answer(llm, family, asks, one_by_one=True)
+    with lvlm_engine(model, family, OPTIONS) as llm:
+        pruner = model_of(llm).visual_pruner
+        take_stats, pruner.take_stats = pruner.take_stats, lambda: None  # ours, not each step's
+        found["batched, cold"] = answer(llm, family, asks)
+        found["batched, warm"] = answer(llm, family, asks)
+        stats = take_stats()
+        llm.reset_prefix_cache()
+        found["one by one, kept embeddings"] = answer(llm, family, asks, one_by_one=True)
+        found["after"] = _idle(llm)
+    chunks = {"max_num_batched_tokens": 64, "max_num_seqs": 16}
+    with lvlm_engine(model, family, OPTIONS, **chunks) as llm:
+        found["in chunks of 64"] = answer(llm, family, asks)
+        found["after, chunks"] = _idle(llm)
+    tokens = {name: [a["tokens"] for a in of] for name, of in found.items() if "after" not in name}
+    return {
+        "tokens": tokens,
+        "prompt_lens": [a["prompt_len"] for a in found["one by one"]],
+        "after": [found["after"], found["after, chunks"]],
+        "stats": stats,
+    }
+
+
+def _idle(llm: Any) -> dict[str, int]:
+    """Blocks in use and encoder outputs still referenced, once every request has ended."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    pool = scheduler.kv_cache_manager.block_pool
+    cached = scheduler.encoder_cache_manager.cached
+    return {
+        "used_blocks": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
+        "referenced": sum(bool(users) for users in cached.values()),
+    }
+
+
+@pytest.fixture(scope="module", params=("llava", "llava_next", "qwen2_5_vl"))
+def found(request: pytest.FixtureRequest, lvlm: Callable[[str], str]) -> dict[str, Any]:
+    """What every way said, for one family."""
+    return in_child(answers, model=lvlm(request.param), family=request.param)
+
+
+def test_same_tokens_every_way(found: dict[str, Any]) -> None:
+    """Batched, in chunks of 64, cold and warm caches, and one at a time without any."""
+    expected = found["tokens"].pop("one by one")
+    assert len(set(map(tuple, expected))) > NUM_REQUESTS // 3  # the answers can tell
+    for name, tokens in found["tokens"].items():
+        different = [i for i in range(NUM_REQUESTS) if tokens[i] != expected[i]]
+        assert not different, f"{name}: requests {different}"
+
+
+def test_nothing_is_left_behind(found: dict[str, Any]) -> None:
+    """Every KV block is free, no encoder output is referenced."""
+    assert found["after"] == [{"used_blocks": 0, "referenced": 0}] * 2
+
+
+def test_pictures_are_encoded_once(found: dict[str, Any]) -> None:
+    """Another question on a picture does not run the vision tower again."""
+    stats = found["stats"]
+    assert stats["encoded"] <= 7 + stats["items"] // 10  # seven pictures; some in one step
+    assert stats["reused"] > stats["encoded"]

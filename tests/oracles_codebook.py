@@ -76,10 +76,14 @@ def admitted(
     key_table = Cover(keys, thresholds[0], capacity[0])
     value_table = Cover(values, thresholds[1], capacity[1])
     tokens: list[int] = []
-    for start in range(0, len(ranked), chunk):
-        if len(tokens) < capacity[2]:
-            fitting = value_table.add(key_table.add(ranked[start : start + chunk]))
-            tokens += fitting[: capacity[2] - len(tokens)]
+    left = list(ranked)
+    while left and len(tokens) < capacity[2]:
+        # Full of keys, the rest is matched at once: those that fit are then covered by value.
+        size = chunk if len(key_table.members) < min(capacity[0], len(ranked)) else len(left)
+        fitting, left = key_table.add(left[:size]), left[size:]
+        for start in range(0, len(fitting), chunk):
+            both = value_table.add(fitting[start : start + chunk])
+            tokens += both[: capacity[2] - len(tokens)]
     return sorted(tokens), key_table, value_table
 
 

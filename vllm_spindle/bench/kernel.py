@@ -183,7 +183,7 @@ def _spindle_side(layers: list[_Layer], query: Tensor, options: KernelOptions) -
 
 
 def _without_last(book: Codebook) -> Codebook:
-    return Codebook(book.entries, book.codes[:-1], book.norms[:-1], book.similarity[:-1], 0)
+    return Codebook(book.entries, book.codes[:-1], book.norms[:-1], book.similarity[:-1])
 
 
 def _stock_side(layers: list[_Layer], query: Tensor, block_size: int) -> _Side:

@@ -17,6 +17,7 @@ from vllm_spindle.core.codebook import Book, Codebook
 CHUNK = 128
 """Tokens covered together. More share entries better, fewer keep closer to the rank: what of the
 last chunk fits is decided by the number of its neighbours."""
+MATCHED = 1024  # tokens that are matched at a time: the table of their products stays small
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class Admitted:
         tokens: their indices, ascending. [n], int64.
         keys: their keys' codebook.
         values: their values'.
-        num_refused: tokens that found no entry.
+        num_refused: tokens passed over for want of an entry.
     """
 
     tokens: Tensor
@@ -59,15 +60,16 @@ def admit(
     key_book = book(keys[ranked], thresholds[0], capacity[0])
     value_book = book(values[ranked], thresholds[1], capacity[1])
     taken: list[Tensor] = []
-    room, num_seen = capacity[2], 0
-    for part in torch.split(torch.arange(len(ranked), device=ranked.device), chunk):
-        if room == 0:
-            break
-        fitting = value_book.add(key_book.add(part))
-        num_seen += len(part) - max(0, len(fitting) - room)
-        taken.append(fitting[:room])
-        room -= len(taken[-1])
+    room, rest = capacity[2], torch.arange(len(ranked), device=ranked.device)
+    while room and len(rest):
+        # Nothing is covered any more once the keys are full: each of them is matched for itself.
+        size = chunk if key_book.has_room else MATCHED
+        part, rest = rest[:size], rest[size:]
+        for fitting in torch.split(key_book.add(part), chunk):
+            taken.append(value_book.add(fitting)[:room])
+            room -= len(taken[-1])
     inside = torch.cat(taken) if taken else ranked[:0]
+    num_seen = len(ranked) if room else int(inside[-1]) + 1
     tokens, order = ranked[inside].sort()
     inside = inside[order]
     return Admitted(

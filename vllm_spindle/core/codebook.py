@@ -82,6 +82,11 @@ class Book:
         self._table = torch.zeros_like(self.directions[: self._capacity])
 
     @property
+    def has_room(self) -> bool:
+        """Whether there may be another entry."""
+        return self.num_entries < self._capacity
+
+    @property
     def entries(self) -> Tensor:
         """[E, D]; a zero row where there are none but zero vectors."""
         return self._table[: max(self.num_entries, min(1, len(self._table)))]

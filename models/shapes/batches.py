@@ -19,7 +19,7 @@ from torch import Tensor
 from vllm_covipal.evaluation import scenes, shapes
 
 NUM_QUESTIONS = 16  # of a row
-NUM_QUESTIONS_PRUNED = 5
+NUM_QUESTIONS_PRUNED = (1, 5)  # least, most
 PRUNED_RATIO = 0.3  # of the rows: visual tokens of things that are not asked for are dropped
 NUM_SEEDS = 2**40  # scenes of higher seeds are held out (shapes.make_questions)
 PIXEL_MEAN, PIXEL_STD = 0.5, 0.25
@@ -81,7 +81,7 @@ def _kept_cells(rng: random.Random, questions: list[shapes.Question]) -> list[in
     asked = {cell for question in questions for cell in question.cells}
     others = [cell for cell in range(scenes.NUM_CELLS) if cell not in asked]
     num_others = int(len(others) * rng.random() ** 2)
-    return sorted({*asked, *rng.sample(others, max(num_others, 1))})
+    return sorted({*asked, *rng.sample(others, max(num_others, not asked))})
 
 
 def make_rows(rng: random.Random, drawn: list[scenes.Scene], weights: dict[str, float]) -> Rows:
@@ -91,7 +91,7 @@ def make_rows(rng: random.Random, drawn: list[scenes.Scene], weights: dict[str, 
     for i, scene in enumerate(drawn):
         is_pruned = rng.random() < PRUNED_RATIO
         asker = shapes.Asker(scene, rng)
-        count = NUM_QUESTIONS_PRUNED if is_pruned else NUM_QUESTIONS
+        count = rng.randint(*NUM_QUESTIONS_PRUNED) if is_pruned else NUM_QUESTIONS
         questions = [asker.ask(type) for type in rng.choices(types, shares, k=count)]
         cells = _kept_cells(rng, questions) if is_pruned else list(range(scenes.NUM_CELLS))
         kept += [(i, cell) for cell in cells]

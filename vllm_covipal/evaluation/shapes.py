@@ -58,7 +58,7 @@ PAD, BOS, EOS, UNK, IMAGE = "<pad>", "<s>", "</s>", "<unk>", "<image>"
 USER, ASSISTANT = "USER:", "ASSISTANT:"
 SPECIAL = (PAD, BOS, EOS, UNK, IMAGE, USER, ASSISTANT)
 _WORDS = (
-    "what which where is are how many there any the in of on at same as and object objects color "
+    "what do share is are how many there any the in of on at same none and object objects color "
     "shape letter row column left right above below yes no ? 0"
 )
 VOCAB = (*SPECIAL, *_WORDS.split(), *ROW_NAMES, *COLUMN_NAMES, *LETTERS)
@@ -129,7 +129,7 @@ class Asker:
         ways = {  # a way named twice is taken twice as often
             "single": (self._attribute, self._attribute, self._place),
             "marks": (self._letter,),
-            "several": (self._relation, self._relation, self._same),
+            "several": (self._relation, self._share),
             "whole": (self._count_color, self._count_shape, self._exists),
         }[type]
         while True:  # a way may find nothing to ask for, such as two things of one colour
@@ -208,21 +208,22 @@ class Asker:
         text = f"is {one} {relation} {other}?"
         return Question(self.scene, "several", "relation", text, answer, (i, j))
 
-    def _same(self) -> Question | None:
-        """Whether two things have the same colour or the same shape; both answers as likely."""
-        attribute, answer = self.rng.choice(("color", "shape")), self.rng.choice(("yes", "no"))
+    def _share(self) -> Question | None:
+        """The colour or the shape that two things have in common; as likely ``none``."""
+        attribute, is_shared = self.rng.choice(("color", "shape")), self.rng.random() < 0.5
         for _ in range(20):
             i, j = self._two()
-            one, other = self.scene.things[i], self.scene.things[j]
-            if (getattr(one, attribute) == getattr(other, attribute)) is (answer == "yes"):
+            one, other = (getattr(self.scene.things[k], attribute) for k in (i, j))
+            if (one == other) is is_shared:
                 break
         else:
             return None
         names = [self._name(k, without=(attribute, "place")) for k in (i, j)]
         if None in names:
             return None
-        text = f"is {names[0]} the same {attribute} as {names[1]}?"
-        return Question(self.scene, "several", f"same {attribute}", text, answer, (i, j))
+        answer = one if is_shared else "none"
+        text = f"what {attribute} do {names[0]} and {names[1]} share?"
+        return Question(self.scene, "several", f"shared {attribute}", text, answer, (i, j))
 
     def _count_color(self) -> Question | None:
         return self._count("color", tuple(COLORS), lambda color: f"{color} objects")

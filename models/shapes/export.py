@@ -49,5 +49,6 @@ def save(model: LlavaForConditionalGeneration, out: Path, provenance: dict[str, 
         for key, value in load_file(out / WEIGHTS).items()
     }
     save_file(weights, out / WEIGHTS, metadata={"format": "pt"})
+    (out / WEIGHTS).chmod(0o644)  # safetensors leaves it to its owner alone
     build_processor().save_pretrained(out)
     (out / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")

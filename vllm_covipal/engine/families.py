@@ -90,11 +90,8 @@ class LlavaNextFamily(Family):
         return {"image": hf_config.image_token_index}
 
     def num_structure_rows(self, info: Any, modality: str, mm_items: Any, item_idx: int) -> int:
-        """Newlines: one a row of the unpadded picture; none in given embeddings."""
-        images = mm_items.get_items("image", object)
-        if not isinstance(images, ImageProcessorItems):
-            return 0
-        size = images.get_image_size(item_idx)
+        """Newlines: one a row of the unpadded picture."""
+        size = mm_items.get_items("image", ImageProcessorItems).get_image_size(item_idx)
         encoder = info.get_vision_encoder_info()
         crops_high, crops_wide = get_anyres_image_grid_shape(
             image_size=(size.height, size.width),
@@ -117,8 +114,8 @@ class LlavaNextFamily(Family):
 
     def num_encoder_rows(self, model: Any, modality: str, fields: Mapping[str, Any]) -> int:
         """All crops or frames."""
-        pixels = fields.get("pixel_values", fields.get("pixel_values_videos"))
-        return _crop_rows(model) * (1 if pixels is None else pixels.shape[0])
+        pixels = fields["pixel_values" if modality == "image" else "pixel_values_videos"]
+        return _crop_rows(model) * int(pixels.shape[0])
 
 
 class LlavaOnevisionFamily(LlavaNextFamily):

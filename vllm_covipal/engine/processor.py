@@ -80,6 +80,7 @@ class PruningProcessorMixin:
         inputs = dataclasses.replace(inputs, hf_processor_mm_kwargs=kwargs)
         if keep_ratio == 1 or not any(inputs.mm_data_items.get_all_counts().values()):
             return super().apply(inputs, timing_ctx)  # type: ignore[misc]
+        _refuse_embeddings(inputs.mm_data_items)
         requests = self._requests(inputs, keep_ratio)
         inputs.hf_processor_mm_kwargs = {**kwargs, REQUESTS_KEY: requests}
         result = super().apply(inputs, timing_ctx)  # type: ignore[misc]
@@ -177,6 +178,21 @@ class PruningProcessorMixin:
             return PrunedContent(list(tokens[:num_kept]), num_unpruned=len(tokens))
 
         return dataclasses.replace(update, replacement=replacement)
+
+
+def _refuse_embeddings(mm_items: Any) -> None:
+    """Which rows of somebody else's embeddings are structure is not known here.
+
+    Raises:
+        VLLMValidationError: HTTP 400.
+    """
+    for modality, items in mm_items.items():
+        if items.get_passthrough_data():
+            raise VLLMValidationError(
+                f"{modality} embeddings cannot be pruned: send the {modality} itself, or "
+                f"{KEEP_RATIO_KEY}=1.0 with them",
+                parameter=KEEP_RATIO_KEY,
+            )
 
 
 @dataclass

@@ -1,11 +1,14 @@
 """Exact answers of the shapes model on held-out questions, per type and kind, in percent.
 
-    .venv/bin/python models/shapes/evaluate.py --model models/shapes
+    .venv/bin/python models/shapes/evaluate.py --model models/shapes --tokens all 14 7 unasked none
 
-Answers are generated greedily in transformers; an answer counts only if its word is right and
-``</s>`` comes right after. ``--tokens`` says which visual tokens the language model gets: ``all``,
-``asked`` (the asked things' centres), ``unasked`` (all but the cells that see an asked thing), a
-number (that many: the asked centres, the rest drawn at random), or ``none``.
+Prints a table: one row per kind of question, one column per setting of ``--tokens``, which says
+what visual tokens the language model gets: ``all``, ``asked`` (the asked things' centres),
+``unasked`` (all but the cells that see an asked thing), a number (that many: the asked centres, the
+rest drawn at random), or ``none``. Tokens that are left out leave no gap in the positions.
+
+An answer counts only if greedy decoding gives its word and ``</s>`` right after: that is so exactly
+when each of the two is the likeliest token after what comes before it, so one pass tells.
 """
 
 from __future__ import annotations
@@ -40,35 +43,43 @@ def kept_cells(question: shapes.Question, tokens: str) -> list[int]:
     return sorted([*question.cells, *others][: int(tokens)])
 
 
+def is_right(
+    model: LlavaForConditionalGeneration, ids: Tensor, features: Tensor, cells: list[int]
+) -> bool:
+    """Whether greedy decoding says the last two of ``ids`` after the others.
+
+    Args:
+        ids: prompt, answer and ``</s>``. [T].
+        features: visual tokens of the whole picture, [cells, E].
+        cells: which of them the language model gets.
+    """
+    start = int((ids == model.config.image_token_index).nonzero()[0])
+    embeds = model.get_input_embeddings()(ids)
+    embeds = torch.cat((embeds[:start], features[cells], embeds[start + scenes.NUM_CELLS :]))
+    logits = model(inputs_embeds=embeds[None, :-1]).logits[0, -2:]
+    return torch.equal(logits.argmax(-1), ids[-2:])
+
+
 @torch.inference_mode()
-def answers(
+def table(
     model: LlavaForConditionalGeneration,
     processor: AutoProcessor,
     questions: list[shapes.Question],
-    tokens: str,
-) -> list[str]:
-    """Greedy answers, one question at a time."""
-    image_id = model.config.image_token_index
-    texts = []
+    settings: list[str],
+) -> dict[str, dict[str, list[bool]]]:
+    """Kind of question -> setting -> right or wrong, question by question."""
+    rights: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for question in questions:
-        inputs = processor(
-            images=scenes.draw(question.scene), text=question.prompt, return_tensors="pt"
-        )
-        features: Tensor = model.model.get_image_features(
-            inputs["pixel_values"].to(model.dtype)
-        ).pooler_output[0]
-        cells = kept_cells(question, tokens)
-        ids = inputs["input_ids"][0]
-        start = int((ids == image_id).nonzero()[0])
-        embeds = model.get_input_embeddings()(ids)
-        end = start + scenes.NUM_CELLS
-        embeds = torch.cat((embeds[:start], features[cells], embeds[end:]))[None]
-        mask = torch.ones(embeds.shape[:2], dtype=torch.long)
-        generated = model.generate(
-            inputs_embeds=embeds, attention_mask=mask, max_new_tokens=shapes.MAX_NEW_TOKENS
-        )
-        texts.append(processor.tokenizer.decode(generated[0], skip_special_tokens=True))
-    return texts
+        text = f"{question.prompt} {question.answer} {shapes.EOS}"
+        inputs = processor(images=scenes.draw(question.scene), text=text, return_tensors="pt")
+        pixels = inputs["pixel_values"].to(model.dtype)
+        features = model.model.get_image_features(pixels).pooler_output[0]
+        for tokens in settings:
+            cells = kept_cells(question, tokens)
+            right = is_right(model, inputs["input_ids"][0], features, cells)
+            for key in (question.type, f"{question.type}: {question.kind}", "~all"):
+                rights[key][tokens].append(right)
+    return rights
 
 
 def main() -> None:
@@ -76,25 +87,21 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--num-questions", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--tokens", default="all")
+    parser.add_argument("--tokens", nargs="+", default=["all"])
     parser.add_argument("--dtype", default="bfloat16")
     args = parser.parse_args()
     torch.set_num_threads(1)
     processor = AutoProcessor.from_pretrained(args.model)
-    model = LlavaForConditionalGeneration.from_pretrained(
-        args.model, dtype=getattr(torch, args.dtype)
-    ).eval()
+    dtype = getattr(torch, args.dtype)
+    model = LlavaForConditionalGeneration.from_pretrained(args.model, dtype=dtype).eval()
     questions = shapes.make_questions(args.num_questions, seed=args.seed)
-    right: dict[str, list[bool]] = defaultdict(list)
-    for question, text in zip(
-        questions, answers(model, processor, questions, args.tokens), strict=True
-    ):
-        is_right = shapes.is_exact(text, question)
-        for key in (question.type, f"{question.type}: {question.kind}", "~all"):
-            right[key].append(is_right)
-    print(f"{args.model} {args.dtype}, tokens {args.tokens}, seed {args.seed}")
-    for key, values in sorted(right.items()):
-        print(f"{key:24s} {100 * sum(values) / len(values):6.1f}  of {len(values)}")
+    rights = table(model, processor, questions, args.tokens)
+    print(f"{args.dtype}, seed {args.seed}")
+    print(" | ".join(["", "type", "questions", *args.tokens, ""]).strip())
+    for key, by_setting in sorted(rights.items()):
+        shares = [f"{100 * sum(r) / len(r):.1f}" for r in by_setting.values()]
+        num_asked = len(next(iter(by_setting.values())))
+        print(" | ".join(["", key, str(num_asked), *shares, ""]).strip())
 
 
 if __name__ == "__main__":

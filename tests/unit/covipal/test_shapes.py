@@ -1,5 +1,6 @@
 """The shapes questions: what makes a number measured on them worth something."""
 
+import random
 import re
 from collections import Counter
 from dataclasses import replace
@@ -185,6 +186,36 @@ def test_the_processor_leaves_pixels_alone(monkeypatch):
     inputs = processor(images=scenes.draw(scene), text=shapes.PROMPT, return_tensors="pt")
     assert torch.allclose(inputs["pixel_values"], batches.pixels_of([scene]), atol=1e-6)
     assert (inputs["input_ids"] == shapes.VOCAB.index(shapes.IMAGE)).sum() == scenes.NUM_CELLS
+
+
+def test_a_question_in_a_packed_row_is_the_prompt_of_a_server(monkeypatch):
+    """The training row's logits at an answer are those of the question's own, plain prompt."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(str(SHIPPED))
+    import batches
+
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(
+        SHIPPED, dtype=torch.float32
+    ).eval()
+    rng = random.Random(3)
+    weights = dict.fromkeys(shapes.TYPES, 1.0)
+    rows = batches.make_rows(rng, batches.draw_scenes(rng, 4), weights)
+    tokens = torch.randn(4, scenes.NUM_CELLS, 192, generator=torch.Generator().manual_seed(0))
+    embeds = model.get_input_embeddings()(rows.ids)
+    kept = tokens[rows.kept[:, 0], rows.kept[:, 1]]
+    embeds = embeds.masked_scatter(rows.visual[:, :, None], kept).detach()
+    language_model = model.model.language_model
+    with torch.inference_mode():
+        packed = language_model(
+            inputs_embeds=embeds, position_ids=rows.positions, attention_mask=rows.allowed
+        ).last_hidden_state
+        for row, end in (rows.types >= 0).nonzero().tolist()[::5]:
+            num_visual = int(rows.visual[row].sum())
+            start = end - int(rows.positions[row, end]) + 2 + num_visual
+            plain = torch.cat((embeds[row, : 2 + num_visual], embeds[row, start : end + 1]))
+            alone = language_model(inputs_embeds=plain[None]).last_hidden_state
+            assert torch.allclose(packed[row, end], alone[0, -1], atol=1e-3)
 
 
 def test_is_exact_can_fail(questions):

@@ -1,8 +1,8 @@
 """``vllm-spindle demo``: the same questions to stock vLLM and to the plugin, side by side.
 
 Two real ``vllm serve`` processes, one after the other, with the same flags and the same fixed KV
-memory. Everything in the table is measured on them, but for the blocks that stock holds: vLLM counts
-none, so they follow from its prompt tokens. The plan stands beside what it predicts.
+memory. Everything in the table is measured on them, but for the blocks that stock holds: vLLM
+counts none, so they follow from its prompt tokens. The plan stands beside what it predicts.
 """
 
 import argparse

@@ -80,6 +80,11 @@ class SpindleConfig(BaseModel):
     num_bands: Annotated[int, Field(ge=1, le=64)] | None = Field(
         None, description="bands of layers, one KV-cache group each; default: 2 to 8, by divisor"
     )
+    deep_visual_share: Annotated[float, Field(ge=0, le=1)] = Field(
+        1.0,
+        description="visual tokens that the deepest band keeps, over what would be proportional; "
+        "bands above it linearly up to 1. 1.0 makes no difference between visual tokens and text",
+    )
     min_prompt_len: Annotated[int, Field(ge=0)] = Field(
         128, description="prompts shorter than this many tokens are kept whole"
     )

@@ -61,6 +61,11 @@ class SpindlePolicy:
         methods = self.config.band_methods
         return self.config.method if methods is None else methods[band]
 
+    def visual_share(self, band: int) -> float:
+        """Visual tokens that a band may keep, over what would be proportional, [0, 1]."""
+        depth = band / (len(self.bands) - 1) if len(self.bands) > 1 else 1.0
+        return 1 - (1 - self.config.deep_visual_share) * depth
+
     def reduction_queue(self, max_num_batched_tokens: int) -> ReductionQueue:
         """An empty queue that bounds what a step reduces, by the tokens that it may compute."""
         tokens = int(self.config.reduce_share * max_num_batched_tokens)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vllm_spindle.core.eviction import GqaName, rank_tokens
+from vllm_spindle.core.modality import VisualCap, cap_visual, max_visual_tokens
 from vllm_spindle.core.scoring import (
     ScoreName,
     paper_importance,
@@ -37,10 +38,11 @@ def choose_kept(
     scale: float,
     num_context: int,
     num_kept: int,
+    visual: VisualCap | None = None,
 ) -> Tensor:
     """Positions of the context tokens to keep, ascending; see ``rank_context``."""
     ranked = rank_context(
-        rule, queries, keys, scale=scale, num_context=num_context, num_kept=num_kept
+        rule, queries, keys, scale=scale, num_context=num_context, num_kept=num_kept, visual=visual
     )
     return ranked.sort(dim=-1).values
 
@@ -53,6 +55,7 @@ def rank_context(
     scale: float,
     num_context: int,
     num_kept: int,
+    visual: VisualCap | None = None,
 ) -> Tensor:
     """Positions of the context tokens to keep, the most important first.
 
@@ -63,6 +66,7 @@ def rank_context(
         scale: softmax scale.
         num_context: tokens that may be evicted: positions below this.
         num_kept: context tokens to keep; per query head with ``unfold``.
+        visual: keep fewer visual tokens than the scores ask for; None for no difference.
 
     Returns:
         int64: [K, N], with ``unfold`` [K, G, N].
@@ -78,4 +82,8 @@ def rank_context(
             scores = paper_importance(attention, num_context)
         else:
             scores = pooled_importance(attention, num_context, pool_kernel=rule.pool_kernel)
-    return rank_tokens(scores, num_kept, rule.gqa)
+    if visual is None:
+        return rank_tokens(scores, num_kept, rule.gqa)
+    is_visual = visual.mask[:num_context]
+    most = max_visual_tokens(num_kept, int(is_visual.sum()), num_context, visual.share)
+    return cap_visual(rank_tokens(scores, num_context, rule.gqa), is_visual, most)[..., :num_kept]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vllm_spindle.core.budget import BandPlan
 from vllm_spindle.core.choice import ChoiceRule
+from vllm_spindle.core.modality import VisualCap
 from vllm_spindle.engine.cache_layout import CacheLayout, probe_layout
 from vllm_spindle.engine.regions import (
     CodebookRegion,
@@ -67,6 +68,7 @@ class Reducer:
         self._window = config.window
         self._layout: CacheLayout | None = None
         self._plans: dict[str, tuple[BandPlan, ...]] = {}
+        self._visual_masks: dict[str, Tensor] = {}
         self._past: list[str | None] = []
         self._past_rows: tuple[tuple[BandRows | None, CodebookRows | None], ...] = (
             (None, None),
@@ -138,15 +140,31 @@ class Reducer:
         num_bands = len(self.bands)
         return ReductionStats(tokens_evicted=[0] * num_bands, tokens_merged=[0] * num_bands)
 
-    def admit(self, request_id: str, prompt_len: int, keep_ratio: float | None) -> None:
-        """Plan a request's prompt; ``keep_ratio`` None for the server's."""
+    def admit(
+        self,
+        request_id: str,
+        prompt_len: int,
+        keep_ratio: float | None,
+        visual_mask: Tensor | None = None,
+    ) -> None:
+        """Plan a request's prompt.
+
+        Args:
+            request_id: vLLM's.
+            prompt_len: T.
+            keep_ratio: the request's own; None for the server's.
+            visual_mask: True = visual token, [T]; None if the prompt has none.
+        """
         plans = self.policy.plan(prompt_len, keep_ratio)
         if any(plan.is_reduced for plan in plans):
             self._plans[request_id] = plans
+            if visual_mask is not None:
+                self._visual_masks[request_id] = visual_mask
 
     def forget(self, request_id: str) -> None:
         """The request is over."""
         self._plans.pop(request_id, None)
+        self._visual_masks.pop(request_id, None)
         self.stash.release(request_id)
 
     def plan_step(self, batch: BatchView) -> Step:
@@ -244,9 +262,10 @@ class Reducer:
             region = self.regions[band]
             blocks = row_blocks[plan.first_block : plan.tail_block]
             kept = 0.0
+            visual = self._visual_cap(end.request_id, band)
             for layer_idx in mine:
                 layer = self.bands[band][layer_idx - layers.start]
-                prompt = self._read_prompt(layer, end, row_blocks[: plan.prompt_blocks])
+                prompt = self._read_prompt(layer, end, row_blocks[: plan.prompt_blocks], visual)
                 kept += region.fill(layer, prompt, plan, blocks)
             num_context = plan.tail_block * self.policy.block_size
             evicted = num_context * len(mine) - kept
@@ -258,7 +277,13 @@ class Reducer:
             self._stats.num_reductions += 1
         self._stats.seconds += time.perf_counter() - started
 
-    def _read_prompt(self, layer: ReducedLayer, end: PromptEnd, blocks: Tensor) -> LayerPrompt:
+    def _visual_cap(self, request_id: str, band: int) -> VisualCap | None:
+        mask, share = self._visual_masks.get(request_id), self.policy.visual_share(band)
+        return None if mask is None or share == 1 else VisualCap(mask, share)
+
+    def _read_prompt(
+        self, layer: ReducedLayer, end: PromptEnd, blocks: Tensor, visual: VisualCap | None
+    ) -> LayerPrompt:
         keys, values = self.layout.read(layer.kv_cache, blocks)
         num_kv_heads, _, head_size = keys.shape
         queries = self.stash.read(layer.layer_idx, end.slot)
@@ -269,6 +294,7 @@ class Reducer:
             values=values,
             prompt_len=end.prompt_len,
             rule=self._rule(layer.layer_idx, end.prompt_len),
+            visual=visual,
         )
 
     def _rule(self, layer_idx: int, prompt_len: int) -> ChoiceRule:

@@ -15,6 +15,7 @@ from vllm_spindle.core.admission import Admitted
 from vllm_spindle.core.budget import BandPlan
 from vllm_spindle.core.choice import ChoiceRule, choose_kept, rank_context
 from vllm_spindle.core.eviction import gather_kept
+from vllm_spindle.core.modality import VisualCap
 from vllm_spindle.core.rotary import unrotate_keys
 from vllm_spindle.engine.codebook_shape import codebook_shape
 from vllm_spindle.kernels.region import pack_region
@@ -51,6 +52,7 @@ class LayerPrompt:
         values: [K, T.., D].
         prompt_len: T.
         rule: how the layer chooses.
+        visual: which tokens are visual and how many may stay; None for no difference.
     """
 
     queries: Tensor
@@ -58,6 +60,7 @@ class LayerPrompt:
     values: Tensor
     prompt_len: int
     rule: ChoiceRule
+    visual: VisualCap | None = None
 
     def choose(self, scale: float, num_context: int, num_kept: int) -> Tensor:
         """Context positions to keep, ascending."""
@@ -70,9 +73,9 @@ class LayerPrompt:
     def _scored(self) -> tuple[ChoiceRule, Tensor, Tensor]:
         return self.rule, self.queries, self.keys[:, : self.prompt_len]
 
-    @staticmethod
-    def _counts(scale: float, num_context: int, num_kept: int) -> dict[str, Any]:
-        return {"scale": scale, "num_context": num_context, "num_kept": num_kept}
+    def _counts(self, scale: float, num_context: int, num_kept: int) -> dict[str, Any]:
+        counts = {"scale": scale, "num_context": num_context, "num_kept": num_kept}
+        return {**counts, "visual": self.visual}
 
 
 @dataclass

@@ -109,12 +109,14 @@ class RunnerReduction:
         for request_id in scheduler_output.finished_req_ids:
             self.reducer.forget(request_id)
         for request in scheduler_output.scheduled_new_reqs:
+            prompt_len = length_from_prompt_token_ids_or_embeds(
+                request.prompt_token_ids, request.prompt_embeds
+            )
             self.reducer.admit(
                 request.req_id,
-                length_from_prompt_token_ids_or_embeds(
-                    request.prompt_token_ids, request.prompt_embeds
-                ),
+                prompt_len,
                 request_keep_ratio(request.sampling_params),
+                _visual_mask(request.mm_features, prompt_len),
             )
 
     def finish(self) -> None:
@@ -144,6 +146,18 @@ class RunnerReduction:
         # Not from the batch: who waits for its reduction is not in it.
         block_ids = self._runner.requests[request_id].block_ids[self._group_of_band[band]]
         return torch.tensor(block_ids, dtype=torch.int64)
+
+
+def _visual_mask(mm_features: Any, prompt_len: int) -> Tensor | None:
+    """Prompt tokens that stand for images or videos: after a pruner, those that it kept."""
+    visual = [f for f in mm_features if f.modality in ("image", "video")]
+    if not visual:
+        return None
+    mask = torch.zeros(prompt_len, dtype=torch.bool)
+    for feature in visual:
+        for start, last in feature.mm_position.extract_embeds_range():
+            mask[start : last + 1] = True
+    return mask
 
 
 def _groups(runner: Any) -> list[int]:

@@ -42,7 +42,7 @@ TOP_LEVEL = ("vllm_spindle", "vllm_covipal", "patches")
 UNWANTED = ("torchaudio", "torchcodec")
 OUR_INSTALLER = "vllm-spindle-setup"
 PYTHONS = ((3, 11), (3, 14))
-TORCHVISION_HOOK = '''"""Declare two operator schemas before torchvision is imported (setup_cpu.py)."""
+TORCHVISION_HOOK = '''"""Declare two operator schemas before torchvision is imported."""
 
 import sys
 from importlib.abc import MetaPathFinder

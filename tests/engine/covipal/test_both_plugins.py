@@ -17,7 +17,6 @@ SPINDLE = {"keep_ratio": 0.5, "window": 16, "min_prompt_len": 64, "deep_visual_s
 def answers(model: str) -> dict[str, Any]:
     """Covipal alone; with spindle on and every request keeping all; with spindle reducing."""
     from engine_probe.lvlm import LvlmAsk, answer, lvlm_engine
-
     from vllm_spindle.engine import regions
 
     words = "what is the color of red circle ? " * 12

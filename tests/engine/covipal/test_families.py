@@ -73,6 +73,7 @@ def pruned(model: str, family: str) -> dict[str, Any]:
 
 def _look(llm: Any, family: str, watch: Any, ask: Any) -> dict[str, Any]:
     import torch
+
     from engine_probe.lvlm import answer
 
     watch.clear()

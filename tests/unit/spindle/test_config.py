@@ -42,6 +42,7 @@ def test_a_dict_sets_every_field() -> None:
         "num_bands": 6,
         "min_prompt_len": 64,
         "reduce_share": 0.5,
+        "deep_visual_share": 0.5,
         "seed": 3,
     }
     assert set(options) == set(SpindleConfig.model_fields)

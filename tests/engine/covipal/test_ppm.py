@@ -1,0 +1,80 @@
+"""A pruning module in the engine: it reads the question, and chooses as its twin does."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from engine_child import in_child
+
+pytestmark = pytest.mark.engine
+
+QUESTIONS = ("what is red ?", "left or right ?", "what is red ?", "You are blue circle")
+PICTURES = [(64, 64, 1), (96, 48, 2)]
+KEEP_RATIO = 0.25
+
+
+def choices(model: str, family: str, ppm: str) -> dict[str, Any]:
+    """Kept rows of each question: by the engine, all at once, and by transformers."""
+    import torch
+    from engine_probe.lvlm import LvlmAsk, Watch, answer, lvlm_engine, model_of
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from vllm_covipal.core.pruner_files import load_pruning_module
+    from vllm_covipal.hf import encode_prompt, visual_items
+    from vllm_covipal.selectors import build_selector
+
+    asks = [LvlmAsk(f"@ {words} @", PICTURES) for words in QUESTIONS]
+    by_engine = []
+    with lvlm_engine(model, family, {"ppm": ppm, "keep_ratio": KEEP_RATIO}) as llm:
+        watch = Watch(model_of(llm))
+        for ask in asks:
+            watch.clear()
+            answer(llm, family, [ask], max_tokens=1)
+            by_engine.append([index.tolist() for index in watch.indices])
+    processor = AutoProcessor.from_pretrained(model)
+    lvlm = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).eval()
+    selector = build_selector("ppm", pruning_module=load_pruning_module(ppm))
+    by_twin = []
+    for ask in asks:
+        request = ask.prompt(family)
+        images = request["multi_modal_data"]["image"]
+        encoded = encode_prompt(lvlm, processor, request["prompt"], images=images)
+        items = visual_items(lvlm, encoded, KEEP_RATIO)
+        by_twin.append([index.tolist() for index in selector.select(items)])
+    return {"engine": by_engine, "twin": by_twin}
+
+
+@pytest.fixture(scope="module", params=("llava_next", "qwen2_5_vl"))
+def found(
+    request: pytest.FixtureRequest,
+    lvlm: Callable[[str], str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Any]:
+    """One family's choices, by a module of random weights."""
+    import torch
+    from transformers import AutoConfig
+
+    from vllm_covipal.core.fingerprint import fingerprint
+    from vllm_covipal.core.pruner import PruningModule, PruningModuleConfig
+    from vllm_covipal.core.pruner_files import save_pruning_module
+
+    model, folder = lvlm(request.param), tmp_path_factory.mktemp("ppm")
+    torch.manual_seed(0)
+    config = PruningModuleConfig.for_hidden_size(
+        64, fingerprint=fingerprint(AutoConfig.from_pretrained(model)), trained_for="tiny"
+    )
+    save_pruning_module(PruningModule(config), folder)
+    return in_child(choices, model=model, family=request.param, ppm=str(folder))
+
+
+def test_chooses_as_the_twin(found: dict[str, Any]) -> None:
+    """Every row of every picture and question; a repeated question is not chosen anew."""
+    assert found["engine"][:2] == found["twin"][:2]
+    assert found["engine"][3] == found["twin"][3]
+    assert found["engine"][2] == []  # served from the encoder cache
+
+
+def test_another_question_is_another_choice(found: dict[str, Any]) -> None:
+    """On the same pictures."""
+    assert found["twin"][0] == found["twin"][2] != found["twin"][1]

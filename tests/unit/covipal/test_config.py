@@ -9,7 +9,10 @@ from vllm_covipal.config import CovipalConfig, load_config, parse_keep_ratio
 from vllm_spindle.config import load_config as load_spindle_config
 
 CONFIGS = Path(__file__).parents[3] / "configs"
-SHIPPED = sorted((CONFIGS / "covipal").glob("*.yaml"))
+# train_*.yaml are recipes of `vllm-covipal train`, not options of a server.
+SHIPPED = sorted(
+    path for path in (CONFIGS / "covipal").glob("*.yaml") if not path.name.startswith("train_")
+)
 BOTH = sorted((CONFIGS / "both").glob("*.yaml"))
 
 
@@ -78,7 +81,7 @@ def test_a_file_for_both_plugins_is_valid_for_each(path: Path) -> None:
 
 def test_something_is_shipped() -> None:
     """The parametrised tests above had files to look at."""
-    assert len(SHIPPED) == 6 and BOTH
+    assert len(SHIPPED) >= 6 and BOTH
 
 
 @pytest.mark.parametrize("value", [0, -0.5, 1.5, float("nan"), "0.5", True, None])

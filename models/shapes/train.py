@@ -71,7 +71,7 @@ STAGES = {
     "see": Stage(2400, 24, 1.5e-3, 3e-5, 0.4),
     "ask": Stage(1400, 12, 1.2e-3, 1.2e-3, 1.0),
     "join": Stage(
-        *(1500, 16, 8e-4, 5e-6, 0.35),
+        *(1100, 16, 8e-4, 5e-6, 0.36),
         vision_rate=0.05,  # at the full rate the tower forgets letters: it is as good as done
         # More of what is learned last.
         weights=(("single", 0.2), ("marks", 0.1), ("several", 0.35), ("whole", 0.35)),

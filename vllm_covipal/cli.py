@@ -17,6 +17,11 @@ PROGRAM = "vllm-covipal"
 # name, module, one line of help
 COMMANDS = (
     (
+        "train",
+        "vllm_covipal.commands.train",
+        "a pruning module for an LVLM, from image-text samples, in two stages",
+    ),
+    (
         "inspect",
         "vllm_covipal.commands.inspect",
         "a picture of what each selector keeps of an image, for a question",

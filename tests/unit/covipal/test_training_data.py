@@ -1,0 +1,106 @@
+"""Samples from files and from scenes, and the order they are drawn in."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny_lvlm
+from vllm_covipal.evaluation import shapes
+from vllm_covipal.training.data import FileSource, ShapesSource, Turn, draw_indices
+
+GOOD = [
+    {
+        "id": "a",
+        "image": "one.png",
+        "conversations": [
+            {"from": "human", "value": "<image>\nWhat?"},
+            {"from": "gpt", "value": "This."},
+            {"from": "human", "value": "And?"},
+            {"from": "gpt", "value": "That."},
+        ],
+    },
+    {"id": "text", "conversations": [{"from": "human", "value": "Hi"}]},
+    {
+        "image": ["one.png", "two.png"],
+        "conversations": [
+            {"from": "human", "value": "<image> or <image>?"},
+            {"from": "gpt", "value": "Both."},
+        ],
+    },
+]
+
+
+def _write(folder: Path, samples: list[Any], *, as_list: bool = False) -> str:
+    for i, name in enumerate(("one.png", "two.png")):
+        tiny_lvlm.picture(20 + i, 10).save(folder / name)
+    path = folder / "samples.json"
+    lines = json.dumps(samples) if as_list else "\n".join(map(json.dumps, samples)) + "\n\n"
+    path.write_text(lines, encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_the_llava_format(tmp_path: Path, as_list: bool) -> None:
+    """Lines or one list; text-only samples are left out; one or several pictures."""
+    source = FileSource(_write(tmp_path, GOOD, as_list=as_list), str(tmp_path))
+    assert len(source) == 2
+    first, second = source[0], source[1]
+    assert first.name == "a" and [image.size for image in first.images] == [(20, 10)]
+    assert first.turns == (Turn("<image>\nWhat?", "This."), Turn("And?", "That."))
+    assert [image.size for image in second.images] == [(20, 10), (21, 10)]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"conversations": []}, "line 1: 'conversations' must be"),
+        ({"conversations": [{"from": "gpt", "value": "x"}] * 2}, "human and gpt in turn"),
+        ({"conversations": None}, "'conversations' must be"),
+    ],
+)
+def test_a_sample_of_another_form_is_named(
+    tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    """At the start of the run, with its line."""
+    path = _write(tmp_path, [GOOD[0] | change])
+    with pytest.raises(ValueError, match=words):
+        FileSource(path, str(tmp_path))
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    """No file, no JSON, no pictures at all, no such picture."""
+    with pytest.raises(ValueError, match="cannot read the samples"):
+        FileSource(str(tmp_path / "none"), ".")
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"image": "a.png"\n', encoding="utf-8")
+    with pytest.raises(ValueError, match="line 1: not valid JSON"):
+        FileSource(str(broken), ".")
+    with pytest.raises(ValueError, match="no sample with an image"):
+        FileSource(_write(tmp_path, GOOD[1:2]), ".")
+    source = FileSource(_write(tmp_path, [GOOD[0] | {"image": "gone.png"}]), str(tmp_path))
+    with pytest.raises(ValueError, match=r"cannot read the image .*gone\.png"):
+        source[0]
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 5, 64, 100])
+def test_every_sample_comes_once_before_any_comes_again(num_samples: int) -> None:
+    """Whatever a step takes; the second round is in another order."""
+    drawn = [i for step in range(num_samples) for i in draw_indices(num_samples, step, 4, seed="s")]
+    rounds = [drawn[i : i + num_samples] for i in range(0, len(drawn), num_samples)]
+    assert all(sorted(one) == list(range(num_samples)) for one in rounds)
+    if num_samples > 5:
+        assert rounds[0] != rounds[1] and rounds[0] != sorted(rounds[0])
+    assert draw_indices(num_samples, 0, 4, seed="s") == drawn[:4]
+
+
+def test_scenes_are_training_scenes_and_repeat() -> None:
+    """Seeds below the held-out ones; the same number, the same questions and pixels."""
+    source = ShapesSource()
+    held_out = {question.scene.seed for question in shapes.make_questions(20, seed=1)}
+    assert min(held_out) >= len(source)
+    one, again = source[12345], source[12345]
+    assert one.turns == again.turns and len(one.turns) == 16
+    assert one.images[0].tobytes() == again.images[0].tobytes()
+    assert all(0 <= i < len(source) for i in draw_indices(len(source), 7, 50, seed="s"))

@@ -1,0 +1,181 @@
+"""Training runs on tiny random models: every family, killed and resumed, and what they leave."""
+
+import csv
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny_lvlm
+from vllm_covipal.core.fingerprint import fingerprint
+from vllm_covipal.core.pruner_files import load_pruning_module
+from vllm_covipal.training import loop
+from vllm_covipal.training.data import Sample, Turn
+from vllm_covipal.training.recipe import TrainRecipe, leaves, load_recipe
+
+ROOT = Path(__file__).parents[3]
+RECIPES = sorted((ROOT / "configs" / "covipal").glob("train_*.yaml"))
+STEPS = 4
+
+
+class Pictures:
+    """Twelve random pictures, two questions about each."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> Sample:
+        turns = (
+            Turn("<image>\nwhat is the color ?", "blue" if index % 2 else "red"),
+            Turn("<image>\nis red left of the square ?", "right"),
+        )
+        return Sample(str(index), (tiny_lvlm.picture(48, 32 + index, seed=index),), turns)
+
+
+@cache
+def _pair(family: str) -> tuple[Any, Any]:
+    model, processor = tiny_lvlm.FAMILIES[family]()
+    return model.requires_grad_(False), processor
+
+
+def _recipe(out: Path, **changes: Any) -> TrainRecipe:
+    stage = {"num_steps": STEPS, "pictures": 2, "questions": 2}
+    values = {
+        "model": "tiny",
+        "out": str(out),
+        "data": {"kind": "shapes"},
+        "checkpoint_steps": 2,
+        "stage1": stage,
+        "stage2": stage | {"keep_ratio": [0.25, 0.5]},
+    }
+    return TrainRecipe.model_validate(values | changes)
+
+
+def _train(family: str, recipe: TrainRecipe, **options: Any) -> Any:
+    model, processor = _pair(family)
+    accelerator = loop.make_accelerator(recipe)
+    return loop.train(recipe, model, processor, Pictures(), accelerator, **options)
+
+
+def _curve(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("family", tiny_lvlm.FAMILIES)
+def test_both_stages_run_on_every_family(tmp_path: Path, family: str) -> None:
+    """A module for that very model, curves of both stages, what made it; the model untouched."""
+    model, _ = _pair(family)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    module = _train(family, _recipe(tmp_path), model_name="tiny")
+    loaded = load_pruning_module(tmp_path, fingerprint=fingerprint(model.config))
+    for name, weight in loaded.state_dict().items():
+        assert torch.equal(weight, module.state_dict()[name]), name
+    first = load_pruning_module(tmp_path / "stage1")
+    changed = [
+        n for n, w in loaded.state_dict().items() if not torch.equal(w, first.state_dict()[n])
+    ]
+    assert changed, "stage 2 changes the module"
+    assert [row["step"] for row in _curve(tmp_path / "stage1.csv")] == list("0123")
+    assert {"loss", "lm", "budget", "hard_soft_overlap"} < set(_curve(tmp_path / "stage2.csv")[0])
+    made_by = json.loads((tmp_path / "provenance.json").read_text(encoding="utf-8"))
+    assert made_by["recipe"]["stage2"]["keep_ratio"] == [0.25, 0.5]
+    assert made_by["versions"]["torch"] == torch.__version__
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+@pytest.mark.parametrize("mask", ["budgeted", "straight_through"])
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_other_masks_train(tmp_path: Path, mask: str, noise: float) -> None:
+    """The gradient reaches the module through the frozen model."""
+    stage2 = {"num_steps": 2, "pictures": 2, "mask": mask, "noise": noise, "keep_ratio": [0.25]}
+    stage1 = {"num_steps": 0}
+    recipe = _recipe(tmp_path, stage1=stage1, stage2=stage2 | {"learning_rate": 1e-2})
+    start = loop._new_module(recipe, _pair("llava")[0], "").state_dict()
+    module = _train("llava", recipe)
+    name = "blocks.0.query.weight"
+    assert not torch.equal(module.state_dict()[name], start[name])
+
+
+class Killed(Exception):
+    """What a kill is to the run."""
+
+
+@pytest.mark.parametrize("kill_at", [(1, 1), (1, 3), (2, 1), (2, 3)])
+def test_a_killed_run_goes_on_as_it_would_have(tmp_path: Path, kill_at: tuple[int, int]) -> None:
+    """Same curves, same weights, whatever step of whichever stage it died at."""
+
+    def kill(stage: int, done: int, total: int, shown: dict[str, float]) -> None:
+        if (stage, done) == kill_at:
+            raise Killed
+
+    whole = _train("llava", _recipe(tmp_path / "whole", stage2=_noisy()))
+    recipe = _recipe(tmp_path / "killed", stage2=_noisy())
+    with pytest.raises(Killed):
+        _train("llava", recipe, report=kill)
+    taken: list[tuple[int, int]] = []
+    torch.manual_seed(99)  # of no account
+    resumed = _train("llava", recipe, report=lambda stage, done, *_: taken.append((stage, done)))
+    assert taken[0] == ((1, 1) if kill_at == (1, 1) else (kill_at[0], kill_at[1] // 2 * 2 + 1))
+    for stage in (1, 2):
+        name = f"stage{stage}.csv"
+        assert _curve(tmp_path / "killed" / name) == _curve(tmp_path / "whole" / name)
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(weight, resumed.state_dict()[name]), name
+
+
+def _noisy() -> dict[str, Any]:
+    return {"num_steps": STEPS, "pictures": 2, "noise": 1.0, "keep_ratio": [0.25, 0.5]}
+
+
+def test_another_seed_is_another_run(tmp_path: Path) -> None:
+    """And the same seed the same, to the bit."""
+    losses = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        _train("llava", _recipe(tmp_path / name, seed=seed))
+        losses.append([row["loss"] for row in _curve(tmp_path / name / "stage1.csv")])
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_a_folder_of_another_recipe_is_refused(tmp_path: Path) -> None:
+    """Before anything is overwritten; --restart is the way."""
+    _train("llava", _recipe(tmp_path))
+    with pytest.raises(ValueError, match=r"of another recipe: .*--restart"):
+        _train("llava", _recipe(tmp_path, seed=5))
+    _train("llava", _recipe(tmp_path, seed=5), restart=True)
+
+
+def test_stage_1_learns(tmp_path: Path) -> None:
+    """On pictures that come again and again the error falls."""
+    stage = {"num_steps": 30, "pictures": 4, "questions": 2, "learning_rate": 5e-3}
+    recipe = _recipe(tmp_path, stage1=stage, stage2={"num_steps": 0})
+    _train("llava", recipe)
+    losses = [float(row["loss"]) for row in _curve(tmp_path / "stage1.csv")]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_shipped_recipe_is_valid(path: Path) -> None:
+    """And its header says how to run it."""
+    load_recipe(path)
+    header = path.read_text(encoding="utf-8")
+    assert f"vllm-covipal train --config configs/covipal/{path.name}" in header
+
+
+def test_a_dial_is_overridden_by_its_dotted_name() -> None:
+    """Values are YAML; a wrong one is named."""
+    path = RECIPES[0]
+    recipe = load_recipe(path, {"stage1.num_steps": "7", "stage2.keep_ratio": "[0.5]"})
+    assert recipe.stage1.num_steps == 7 and recipe.stage2.keep_ratio == (0.5,)
+    assert {"seed", "stage2.mask", "module.width", "data.path"} <= set(leaves())
+    for name, value, words in (
+        ("stage1.rows", "all", "stage1.rows='all'"),
+        ("stage3.x", "1", "unknown key 'stage3'"),
+        ("stage2.keep_ratio", "[2]", "stage2.keep_ratio.0=2"),
+    ):
+        with pytest.raises(ValueError, match="train_") as refusal:
+            load_recipe(path, {name: value})
+        assert words in str(refusal.value)

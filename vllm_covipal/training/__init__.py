@@ -1,0 +1,1 @@
+"""Training of pruning modules: what ``vllm-covipal train`` runs."""

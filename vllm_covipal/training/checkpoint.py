@@ -1,0 +1,118 @@
+"""Checkpoints: folders that are whole or not there.
+
+    OUT/checkpoints/stage1-000100/
+        config.json, model.safetensors    the module, as serving loads it
+        optimizer.pt                      the optimizer's state
+        state.json                        stage, steps done, digest of the recipe
+        provenance.json                   what made it
+
+Everything that a step draws comes from the seed, the stage, the step and the process, so no state
+of a generator is needed beside these.
+"""
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from vllm_covipal.core.pruner import PruningModule
+from vllm_covipal.core.pruner_files import WEIGHTS_NAME, save_pruning_module
+from vllm_covipal.training.recipe import TrainRecipe
+
+FOLDER = "checkpoints"
+NUM_KEPT = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        stage: 1 or 2.
+        step: steps done of that stage.
+        digest: of the recipe, without what changes no number.
+        num_processes: each draws samples of its own.
+    """
+
+    stage: int
+    step: int
+    digest: str
+    num_processes: int
+
+    @property
+    def name(self) -> str:
+        """Folder name; sorts by time."""
+        return f"stage{self.stage}-{self.step:06d}"
+
+
+def recipe_digest(recipe: TrainRecipe) -> str:
+    """Sixteen hex digits of all that changes the numbers."""
+    values = recipe.model_dump(mode="json", exclude={"out", "checkpoint_steps", "log_steps"})
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def save_checkpoint(
+    out: Path,
+    progress: Progress,
+    module: PruningModule,
+    optimizer: torch.optim.Optimizer,
+    provenance: dict[str, Any],
+) -> None:
+    """Write a checkpoint, then drop the oldest. A kill leaves the earlier ones."""
+    folder = out / FOLDER
+    partial, final = folder / "partial", folder / progress.name
+    shutil.rmtree(partial, ignore_errors=True)
+    save_pruning_module(module, partial)
+    torch.save(optimizer.state_dict(), partial / "optimizer.pt")
+    write_json(partial / "state.json", asdict(progress))
+    write_json(partial / "provenance.json", provenance)
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    for old in _folders(out)[:-NUM_KEPT]:
+        shutil.rmtree(old)
+
+
+def last_progress(out: Path, digest: str, num_processes: int) -> Progress | None:
+    """Where the run in this folder is; None if it has no checkpoint.
+
+    Raises:
+        ValueError: if the checkpoint is of another recipe or number of processes.
+    """
+    folders = _folders(out)
+    if not folders:
+        return None
+    state = json.loads((folders[-1] / "state.json").read_text(encoding="utf-8"))
+    progress = Progress(**state)
+    if progress.digest != digest:
+        raise ValueError(f"{folders[-1]} is of another recipe: give another out, or --restart")
+    if progress.num_processes != num_processes:
+        raise ValueError(
+            f"{folders[-1]} is of a run of {progress.num_processes} processes, this one has "
+            f"{num_processes}: each draws its own samples, so give the same number or --restart"
+        )
+    return progress
+
+
+def load_module(out: Path, progress: Progress, module: PruningModule) -> None:
+    """Weights of the checkpoint into ``module``."""
+    module.load_state_dict(load_file(out / FOLDER / progress.name / WEIGHTS_NAME))
+
+
+def load_optimizer(out: Path, progress: Progress, optimizer: torch.optim.Optimizer) -> None:
+    """State of the checkpoint's optimizer."""
+    path = out / FOLDER / progress.name / "optimizer.pt"
+    optimizer.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Indented, one line end at the end."""
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _folders(out: Path) -> list[Path]:
+    return sorted((out / FOLDER).glob("stage?-*"))

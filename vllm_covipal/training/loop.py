@@ -1,0 +1,280 @@
+"""The training run: stage 1, stage 2, checkpoints on the way, the finished module in ``out``.
+
+Notable:
+- A step's samples, questions, budgets and noise are drawn from (seed, stage, step, process).
+  A resumed run therefore goes on as the killed one would have.
+- Under accelerate: device, mixed precision, and data parallelism (``accelerate launch -m
+  vllm_covipal.cli train ...``). The LVLM is whole on every device; only the module is wrapped.
+"""
+
+import math
+import random
+import shutil
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_covipal.bench.provenance import provenance
+from vllm_covipal.core.fingerprint import fingerprint
+from vllm_covipal.core.pruner import PruningModule, PruningModuleConfig
+from vllm_covipal.core.pruner_files import load_pruning_module, save_pruning_module
+from vllm_covipal.training import checkpoint, stages
+from vllm_covipal.training.checkpoint import Progress
+from vllm_covipal.training.curves import Curve
+from vllm_covipal.training.data import Sample, Source, Turn, draw_indices
+from vllm_covipal.training.encode import Encoder
+from vllm_covipal.training.lvlm import decoder, default_guide_layer
+from vllm_covipal.training.recipe import StageRecipe, TrainRecipe
+
+NUM_READERS = 2
+
+Report = Callable[[int, int, int, dict[str, float]], None]
+"""(stage, steps done, steps in all, what to show)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What stays the same over a run."""
+
+    recipe: TrainRecipe
+    model: Any
+    encoder: Encoder
+    source: Source
+    accelerator: Any
+    out: Path
+    made_by: dict[str, Any]
+
+
+def make_accelerator(recipe: TrainRecipe) -> Any:
+    """accelerate's, or a plain error where it is not installed.
+
+    Raises:
+        ValueError: if accelerate is missing.
+    """
+    try:
+        from accelerate import Accelerator
+    except ImportError:
+        raise ValueError("training needs accelerate: pip install 'vllm-spindle[train]'") from None
+    return Accelerator(mixed_precision=recipe.mixed_precision)
+
+
+def train(
+    recipe: TrainRecipe,
+    model: Any,
+    processor: Any,
+    source: Source,
+    accelerator: Any,
+    *,
+    model_name: str = "",
+    restart: bool = False,
+    report: Report | None = None,
+) -> PruningModule:
+    """Run both stages, from the last checkpoint if there is one.
+
+    Args:
+        recipe: all dials.
+        model: the LVLM, frozen.
+        processor: its processor.
+        source: samples.
+        accelerator: from ``make_accelerator``.
+        model_name: the LVLM's, for the module's configuration and card.
+        restart: drop what is in the folder.
+        report: called after every step, on the main process.
+
+    Returns:
+        The finished module, also in ``recipe.out``.
+
+    Raises:
+        ValueError: if the folder holds another run, or a dial does not fit the model.
+    """
+    out = Path(recipe.out)
+    if accelerator.is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        if restart:
+            shutil.rmtree(out / checkpoint.FOLDER, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    model.to(accelerator.device)
+    digest = checkpoint.recipe_digest(recipe)
+    progress = checkpoint.last_progress(out, digest, accelerator.num_processes)
+    module = _new_module(recipe, model, model_name)
+    if progress:
+        checkpoint.load_module(out, progress, module)
+    encoder = Encoder(
+        model,
+        processor,
+        max_text_tokens=recipe.max_text_tokens,
+        max_answer_tokens=recipe.max_answer_tokens,
+    )
+    made_by = provenance() | {"command": " ".join(["vllm-covipal", *sys.argv[1:]])}
+    made_by["recipe"] = recipe.model_dump(mode="json", exclude={"out"})
+    made_by["num_processes"] = accelerator.num_processes
+    run = Run(recipe, model, encoder, source, accelerator, out, made_by)
+    for stage in (1, 2):
+        if progress and progress.stage > stage:
+            continue
+        resumed = progress if progress and progress.stage == stage else None
+        _run_stage(run, module, stage, resumed, report)
+    if accelerator.is_main_process:
+        save_pruning_module(module, out)
+        checkpoint.write_json(out / "provenance.json", made_by)
+    accelerator.wait_for_everyone()
+    return module
+
+
+def _new_module(recipe: TrainRecipe, model: Any, model_name: str) -> PruningModule:
+    if recipe.init:
+        return load_pruning_module(
+            recipe.init, fingerprint=fingerprint(model.config), model_name=model_name
+        ).requires_grad_(True)
+    text = model.config.get_text_config()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        return PruningModule(
+            PruningModuleConfig.for_hidden_size(
+                text.hidden_size,
+                fingerprint=fingerprint(model.config),
+                trained_for=model_name or recipe.model,
+                **recipe.module.sizes(),
+            )
+        )
+
+
+def _run_stage(
+    run: Run,
+    module: PruningModule,
+    stage: int,
+    resumed: Progress | None,
+    report: Report | None,
+) -> None:
+    """One run of the optimizer, ``module`` in place."""
+    recipe: StageRecipe = run.recipe.stage1 if stage == 1 else run.recipe.stage2
+    accelerator = run.accelerator
+    optimizer = torch.optim.AdamW(
+        module.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+    )
+    wrapped, optimizer = accelerator.prepare(module, optimizer)
+    first = 0
+    if resumed:
+        first = resumed.step
+        checkpoint.load_optimizer(run.out, resumed, optimizer)
+    _set_recomputation(run, stage)
+    curve = Curve(run.out / f"stage{stage}.csv", first) if accelerator.is_main_process else None
+    digest = checkpoint.recipe_digest(run.recipe)
+    with _Reader(run, stage, recipe, first) as reader:
+        for step in range(first, recipe.num_steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(recipe, step)
+            outcome = _step(run, wrapped, stage, recipe, step, reader.take(step))
+            optimizer.zero_grad()
+            accelerator.backward(outcome.loss)
+            accelerator.clip_grad_norm_(wrapped.parameters(), recipe.max_grad_norm)
+            optimizer.step()
+            done = step + 1
+            shown = _over_processes(accelerator, outcome)
+            if curve and step % run.recipe.log_steps == 0:
+                curve.append(step, shown | {"learning_rate": learning_rate(recipe, step)})
+            at_end = done == recipe.num_steps
+            if done % run.recipe.checkpoint_steps == 0 or at_end:
+                if accelerator.is_main_process:
+                    here = Progress(stage, done, digest, accelerator.num_processes)
+                    bare = accelerator.unwrap_model(wrapped)
+                    checkpoint.save_checkpoint(run.out, here, bare, optimizer, run.made_by)
+                    if at_end and stage == 1:
+                        save_pruning_module(bare, run.out / "stage1")
+                        checkpoint.write_json(
+                            run.out / "stage1" / "provenance.json",
+                            run.made_by | {"progress": asdict(here)},
+                        )
+                accelerator.wait_for_everyone()
+            if report and accelerator.is_main_process:
+                report(stage, done, recipe.num_steps, shown)
+    accelerator.free_memory()
+
+
+def _step(
+    run: Run, scorer: Any, stage: int, recipe: StageRecipe, step: int, drawn: list[Any]
+) -> stages.Outcome:
+    samples = [run.encoder(sample, turns) for sample, turns in drawn]
+    with run.accelerator.autocast():
+        if stage == 1:
+            layer_idx = run.recipe.stage1.guide_layer
+            if layer_idx is None:
+                layer_idx = default_guide_layer(run.model)
+            return stages.stage1_step(run.model, scorer, samples, run.recipe.stage1, layer_idx)
+        generator = torch.Generator()
+        generator.manual_seed(random.Random(_seed(run, stage, step, "noise")).getrandbits(60))
+        progress = step / max(1, recipe.num_steps - 1)
+        return stages.stage2_step(
+            run.model, scorer, samples, run.recipe.stage2, progress=progress, generator=generator
+        )
+
+
+def _seed(run: Run, stage: int, step: int, what: str) -> str:
+    return f"{run.recipe.seed} {stage} {step} {run.accelerator.process_index} {what}"
+
+
+class _Reader:
+    """Reads the next step's samples while this one computes."""
+
+    def __init__(self, run: Run, stage: int, recipe: StageRecipe, first: int) -> None:
+        self._run, self._stage, self._recipe = run, stage, recipe
+        self._pool = ThreadPoolExecutor(NUM_READERS)
+        self._ahead: list[Future[tuple[Sample, list[Turn]]]] = self._start(first)
+
+    def __enter__(self) -> "_Reader":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def take(self, step: int) -> list[tuple[Sample, list[Turn]]]:
+        """Samples of this step with the questions drawn, the next step's under way."""
+        ready = self._ahead
+        self._ahead = self._start(step + 1)
+        return [future.result() for future in ready]
+
+    def _start(self, step: int) -> list[Future[tuple[Sample, list[Turn]]]]:
+        run, count = self._run, self._recipe.pictures
+        if step >= self._recipe.num_steps:
+            return []
+        processes = run.accelerator.num_processes
+        seed = f"{run.recipe.seed} {self._stage} samples"
+        indices = draw_indices(len(run.source), step, count * processes, seed=seed)
+        own = indices[run.accelerator.process_index :: processes]
+        rng = random.Random(_seed(run, self._stage, step, "questions"))
+        return [self._pool.submit(self._read, index, rng.getrandbits(60)) for index in own]
+
+    def _read(self, index: int, seed: int) -> tuple[Sample, list[Turn]]:
+        sample = self._run.source[index]
+        count = min(self._recipe.questions, len(sample.turns))
+        return sample, random.Random(seed).sample(sample.turns, count)
+
+
+def learning_rate(recipe: StageRecipe, step: int) -> float:
+    """Linear rise, then a cosine down to the final rate."""
+    if step < recipe.warmup_steps:
+        return recipe.learning_rate * (step + 1) / recipe.warmup_steps
+    span = max(1, recipe.num_steps - recipe.warmup_steps)
+    share = 0.5 + 0.5 * math.cos(math.pi * (step - recipe.warmup_steps) / span)
+    return recipe.final_learning_rate + share * (recipe.learning_rate - recipe.final_learning_rate)
+
+
+def _set_recomputation(run: Run, stage: int) -> None:
+    """Recompute layers in the backward pass; transformers does so in training mode only."""
+    if run.recipe.gradient_checkpointing and stage == 2:
+        run.model.gradient_checkpointing_enable({"use_reentrant": False})
+        decoder(run.model).train()
+
+
+def _over_processes(accelerator: Any, outcome: stages.Outcome) -> dict[str, float]:
+    shown = {"loss": float(outcome.loss.detach())} | outcome.shown
+    if accelerator.num_processes == 1:
+        return shown
+    values = torch.tensor(list(shown.values()), device=accelerator.device)
+    means = accelerator.reduce(values, reduction="mean").tolist()
+    return dict(zip(shown, means, strict=True))

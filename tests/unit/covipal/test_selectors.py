@@ -9,7 +9,9 @@ from vllm_covipal.core.pruner import PruningModule, PruningModuleConfig
 from vllm_covipal.core.visual_item import VisualItem
 from vllm_covipal.selectors import SELECTOR_NAMES, build_selector, uses_text
 from vllm_covipal.selectors import cosines as cosines_module
+from vllm_covipal.selectors.base import unit_rows
 from vllm_covipal.selectors.cdpruner import greedy_map, relevance
+from vllm_covipal.selectors.cosines import Cosines
 from vllm_covipal.selectors.divprune import farthest_points
 from vllm_covipal.selectors.grid import grid_places, share_by_size, spread
 
@@ -189,3 +191,13 @@ def test_the_default_dtype_does_not_matter(name: str) -> None:
             assert selector.select([item])[0].tolist() == expected
     finally:
         torch.set_default_dtype(default)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 5, 6, 7, 13, 100])
+def test_the_matrix_of_cosines_is_every_pair(num_rows: int) -> None:
+    """Half of it is computed and the other half copied: as if each pair had been."""
+    generator = torch.Generator().manual_seed(0)
+    unit = unit_rows(torch.randn(num_rows, 16, generator=generator))
+    cosines = Cosines(unit)
+    rows = torch.stack([cosines.row(torch.tensor([i])) for i in range(num_rows)])
+    assert torch.allclose(rows, unit @ unit.T, atol=1e-6)

@@ -2,6 +2,7 @@
 
 import random
 import re
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,19 @@ FORMS = {
     "count shape": r"how many (\w+) are there",
     "exists": r"is there any (\w+) (\w+)",
 }
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    """The recipe's folder on the path; models/needle has modules of the same names."""
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(str(SHIPPED))
+    names = [file.stem for file in SHIPPED.glob("*.py")]
+    before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    yield
+    for name in names:
+        sys.modules.pop(name, None)
+    sys.modules.update(before)
 
 
 @pytest.fixture(scope="module")
@@ -151,10 +165,8 @@ def test_a_seed_repeats_and_another_does_not():
     assert not {q.scene.seed for q in first} & {q.scene.seed for q in other}
 
 
-def test_held_out_scenes_are_never_trained_on(questions, monkeypatch):
+def test_held_out_scenes_are_never_trained_on(questions, recipe):
     """Training draws its scenes below a seed, held-out questions above it."""
-    pytest.importorskip("transformers")
-    monkeypatch.syspath_prepend(str(SHIPPED))
     import batches
 
     assert min(question.scene.seed for question in questions) >= batches.NUM_SEEDS
@@ -174,11 +186,10 @@ def test_shipped_processor_is_the_built_one():
         assert processor.apply_chat_template(chat, add_generation_prompt=True) == question.prompt
 
 
-def test_the_processor_leaves_pixels_alone(monkeypatch):
+def test_the_processor_leaves_pixels_alone(recipe):
     """What the server's processor makes of a picture is what training saw."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    monkeypatch.syspath_prepend(str(SHIPPED))
     import batches
 
     scene = scenes.make_scene(8)
@@ -188,11 +199,10 @@ def test_the_processor_leaves_pixels_alone(monkeypatch):
     assert (inputs["input_ids"] == shapes.VOCAB.index(shapes.IMAGE)).sum() == scenes.NUM_CELLS
 
 
-def test_a_question_in_a_packed_row_is_the_prompt_of_a_server(monkeypatch):
+def test_a_question_in_a_packed_row_is_the_prompt_of_a_server(recipe):
     """The training row's logits at an answer are those of the question's own, plain prompt."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    monkeypatch.syspath_prepend(str(SHIPPED))
     import batches
 
     model = transformers.LlavaForConditionalGeneration.from_pretrained(
@@ -216,6 +226,39 @@ def test_a_question_in_a_packed_row_is_the_prompt_of_a_server(monkeypatch):
             plain = torch.cat((embeds[row, : 2 + num_visual], embeds[row, start : end + 1]))
             alone = language_model(inputs_embeds=plain[None]).last_hidden_state
             assert torch.allclose(packed[row, end], alone[0, -1], atol=1e-3)
+
+
+def test_a_killed_training_goes_on_where_it_was(monkeypatch, recipe, tmp_path):
+    """Killed in step 4 and started again, the last stage ends with the weights of a run in one."""
+    torch = pytest.importorskip("torch")
+    import structure
+    import train
+
+    stage = train.Stage(5, 2, 1e-3, 1e-5, 0.5, vision_rate=0.05)
+    monkeypatch.setattr(train, "STAGES", {"join": stage})
+    monkeypatch.setattr(train, "CHECKPOINT_STEPS", 2)
+    take_step, num_steps = train.STEPS["join"], 0
+
+    def killed_in_step_4(*args):
+        nonlocal num_steps
+        num_steps += 1
+        if num_steps == 4:
+            raise KeyboardInterrupt
+        return take_step(*args)
+
+    def run(work):
+        model = structure.structured_model(0)
+        work.mkdir(exist_ok=True)
+        train.run_stage(model, "join", 0, work)
+        return model.state_dict()
+
+    in_one = run(tmp_path / "one")
+    monkeypatch.setitem(train.STEPS, "join", killed_in_step_4)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "two")
+    in_two = run(tmp_path / "two")
+    assert num_steps == 4 + 3  # steps 3 to 5 again
+    assert all(torch.equal(in_one[key], in_two[key]) for key in in_one)
 
 
 def test_is_exact_can_fail(questions):

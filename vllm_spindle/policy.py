@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from vllm_spindle.config import MethodName, SpindleConfig
 from vllm_spindle.core.bands import default_num_bands, split_layers, usable_num_bands
-from vllm_spindle.core.budget import BandPlan, plan_prompt
+from vllm_spindle.core.budget import BandPlan, plan_prompt, shareable_blocks
 from vllm_spindle.core.pacing import ReductionQueue
 
 
@@ -60,6 +60,11 @@ class SpindlePolicy:
         """What a band does with its context."""
         methods = self.config.band_methods
         return self.config.method if methods is None else methods[band]
+
+    def shareable(self, prompt_len: int, keep_ratio: float | None) -> tuple[int | None, ...]:
+        """Blocks from the row's start that the prefix cache may know, per band; None for all."""
+        plans = self.plan(prompt_len, keep_ratio)
+        return shareable_blocks(plans, prompt_len, self.block_size)
 
     def visual_share(self, band: int) -> float:
         """Visual tokens that a band may keep, over what would be proportional, [0, 1]."""

@@ -352,15 +352,12 @@ def test_off_refuses_nothing(found: dict[str, Any]) -> None:
     assert "error" not in found["two-but-off"]
 
 
-def test_prefix_caching_is_switched_off_aloud(found: dict[str, Any]) -> None:
-    """One WARNING with the flag that silences it; none for who passed the flag."""
-    on = found["on"]
-    assert not on["caching"]
-    warnings = [text for level, text in on["lines"] if level == "WARNING"]
-    assert len(warnings) == 1
-    _assert_says(warnings[0], ["prefix caching off", "--no-enable-prefix-caching"])
-    levels = [level for level, _ in found["on-no-caching"]["lines"]]
-    assert levels == ["INFO"]
+def test_prefix_caching_stays_as_the_user_has_it(found: dict[str, Any]) -> None:
+    """vLLM's default, or the flag; no WARNING."""
+    assert found["on"]["caching"] is found["not-asked"]["caching"] is True
+    assert found["on-no-caching"]["caching"] is False
+    for case in ("on", "on-no-caching"):
+        assert [level for level, _ in found[case]["lines"]] == ["INFO"]
 
 
 def test_one_info_line_says_what_is_on(found: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Hold an engine against the plan at every step, from the scheduler's and the pool's own tables."""
 
+from collections import Counter
 from typing import Any
 
 from engine_probe.engines import Engine
@@ -101,22 +102,24 @@ class PlanWatch:
             self.counts["reduced_rows" if num_freed else "whole_rows"] += 1
 
     def _check_pool(self, running: set[str]) -> None:
-        held = [
+        held = Counter(
             block.block_id
             for manager in self.engine.managers
             for blocks in manager.req_to_blocks.values()
             for block in blocks
             if not block.is_null
-        ]
+        )
         for manager in self.engine.managers:
             strangers = {key for key, row in manager.req_to_blocks.items() if row} - running
             if strangers:
                 self.problems.append(f"rows of requests that are not running: {strangers}")
         pool = self.engine.pool
-        if len(set(held)) != len(held):
-            self.problems.append("a block is held twice")
-        if any(pool.blocks[block_id].ref_cnt != 1 for block_id in held):
-            self.problems.append("a held block is not held once")
+        for block_id, num_holders in held.items():
+            block = pool.blocks[block_id]
+            if num_holders > 1 and block.block_hash is None:
+                self.problems.append("a block that the prefix cache does not know is held twice")
+            if block.ref_cnt != num_holders:
+                self.problems.append(f"a block counts {block.ref_cnt} holders of {num_holders}")
         if pool.get_num_free_blocks() != pool.num_gpu_blocks - 1 - len(held):
             self.problems.append(
                 f"{pool.get_num_free_blocks()} blocks free with {len(held)} held of "

@@ -47,6 +47,22 @@ class BandPlan:
         return self.first_block > 0
 
 
+def shareable_blocks(
+    plans: Sequence[BandPlan], prompt_len: int, block_size: int
+) -> tuple[int | None, ...]:
+    """Blocks from the row's start that the prefix cache may know, per band; None for all.
+
+    Reduced content must never be found under a prompt's hash, and a block that is shared must
+    never be written: so a reduced band shares what lies before its region. Where another band is
+    reduced, a whole one shares its prompt alone: what is generated saw reduced layers.
+    """
+    if not any(plan.is_reduced for plan in plans):
+        return (None,) * len(plans)
+    return tuple(
+        plan.first_block if plan.is_reduced else prompt_len // block_size for plan in plans
+    )
+
+
 def num_blocks(num_tokens: int, block_size: int) -> int:
     """Blocks that hold ``num_tokens``, the last one perhaps in part."""
     return -(-num_tokens // block_size)

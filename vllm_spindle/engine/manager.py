@@ -1,9 +1,14 @@
-"""The block-manager policy: a band's blocks before its reduced region go back to the pool."""
+"""The block-manager policy: a band's blocks before its reduced region go back to the pool.
+
+They go as they were computed, so the prefix cache may keep them: a shared prompt's start is found
+again. What lies from the region on is the request's own, unhashed.
+"""
 
 from typing import Any
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.request import Request
 
 from vllm_spindle.core.budget import BandPlan
 from vllm_spindle.engine.spec import SpindleSpec
@@ -35,6 +40,25 @@ class SpindleManager(FullAttentionManager):
             plans = self.policy.plan(num_prompt_tokens, self._keep_ratios.get(request_id))
             plan = self._plans[request_id] = plans[self.band]
         return plan
+
+    def max_hit_tokens(self, request: Request) -> int | None:
+        """Tokens of a cached prefix that this band lets the request take; None for any number."""
+        blocks = self._shareable_blocks(request)
+        return None if blocks is None else blocks * self.block_size
+
+    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """Let the prefix cache know blocks before the reduced region, and no others.
+
+        From the first chunk on: a block is hashed when it is scheduled, before it is computed,
+        and found by others at once.
+        """
+        most = self.max_hit_tokens(request)
+        num_tokens = num_tokens if most is None else min(num_tokens, most)
+        super().cache_blocks(request, num_tokens, *args, **kwargs)
+
+    def _shareable_blocks(self, request: Request) -> int | None:
+        keep_ratio = self._keep_ratios.get(request.request_id)
+        return self.policy.shareable(request.num_prompt_tokens, keep_ratio)[self.band]
 
     def count_held(self, request_id: str, num_prompt_tokens: int) -> int:
         """Blocks of its prompt that the request holds now, counted in its row."""

@@ -100,6 +100,18 @@ class SpindleSchedulerMixin:
         to_prompt_end = request.num_prompt_tokens - num_computed_tokens
         return to_prompt_end if 0 < to_prompt_end < num_new_tokens else num_new_tokens
 
+    def _get_local_prefix_cache_hit(self, request: Request) -> Any:
+        """vLLM's lookup, cut before the request's own region and window, the same in all bands.
+
+        The window's queries have to be computed, and the region must be the request's own.
+        """
+        blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
+        limits = [manager.max_hit_tokens(request) for manager in self._bands]
+        most = min((limit for limit in limits if limit is not None), default=num_tokens)
+        if num_tokens <= most:
+            return blocks, num_tokens, boundary, diverged
+        return self.kv_cache_manager.truncate_computed_blocks(blocks, most), most, 0, False
+
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)
         self._queue.drop(request.request_id)

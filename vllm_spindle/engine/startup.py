@@ -42,12 +42,6 @@ def prepare(vllm_config: VllmConfig) -> bool:
 
 
 def _switch_on(vllm_config: VllmConfig) -> None:
-    if vllm_config.cache_config.enable_prefix_caching:
-        vllm_config.cache_config.enable_prefix_caching = False
-        logger.warning(
-            "SpindleKV switches prefix caching off: a reduced block must not be shared. "
-            "Pass --no-enable-prefix-caching to say so yourself"
-        )
     vllm_config.parallel_config.worker_cls = WORKER
     is_async = vllm_config.scheduler_config.async_scheduling
     vllm_config.scheduler_config.scheduler_cls = ASYNC_SCHEDULER if is_async else SCHEDULER

@@ -17,9 +17,9 @@ KEEP_RATIO = 0.25
 def choices(model: str, family: str, ppm: str) -> dict[str, Any]:
     """Kept rows of each question: by the engine, all at once, and by transformers."""
     import torch
-    from engine_probe.lvlm import LvlmAsk, Watch, answer, lvlm_engine, model_of
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    from engine_probe.lvlm import LvlmAsk, Watch, answer, lvlm_engine, model_of
     from vllm_covipal.core.pruner_files import load_pruning_module
     from vllm_covipal.hf import encode_prompt, visual_items
     from vllm_covipal.selectors import build_selector

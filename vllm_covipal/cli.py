@@ -22,6 +22,11 @@ COMMANDS = (
         "a pruning module for an LVLM, from image-text samples, in two stages",
     ),
     (
+        "eval",
+        "vllm_covipal.commands.eval",
+        "right answers against visual tokens kept, method by method, with intervals",
+    ),
+    (
         "inspect",
         "vllm_covipal.commands.inspect",
         "a picture of what each selector keeps of an image, for a question",

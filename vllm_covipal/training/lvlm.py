@@ -3,16 +3,14 @@
 Shapes: B rows, T tokens of a row, D width, H query heads, K kv heads, S head size.
 """
 
-import copy
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-ATTENTION = "covipal_guide"
+from vllm_covipal.hf_attention import attention_of_layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,26 +89,11 @@ def guide_attention(
         raise _Captured
 
     guide = decoder(model).layers[layer_idx].self_attn
-    with _attention_of_layer(guide, capture), suppress(_Captured):
+    with attention_of_layer(guide, capture), suppress(_Captured):
         decoder(model)(
             inputs_embeds=embeddings, position_ids=positions, attention_mask=mask, use_cache=False
         )
     return captured[0]
-
-
-@contextmanager
-def _attention_of_layer(attention: Any, function: Any) -> Iterator[None]:
-    """Another attention function for one layer: it has a configuration of its own meanwhile."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(ATTENTION, function)
-    config = attention.config
-    attention.config = copy.copy(config)
-    attention.config._attn_implementation_internal = ATTENTION
-    try:
-        yield
-    finally:
-        attention.config = config
 
 
 def biased_mask(allowed: Tensor, key_bias: Tensor, dtype: torch.dtype) -> Tensor:

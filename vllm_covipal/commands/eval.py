@@ -1,0 +1,147 @@
+"""``vllm-covipal eval``: right answers against visual tokens kept, method by method."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+SERVED = "served"
+KEEP_RATIOS = (0.5, 0.25, 0.1, 0.05)
+DEFAULT_METHODS = "full,ppm,random,grid,divprune,cdpruner"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("--model", metavar="PATH", help="LVLM, as transformers takes")
+    parser.add_argument("--endpoint", metavar="URL", help="a served model instead of --model")
+    parser.add_argument("--ppm", metavar="PATH", help="folder of a trained pruning module")
+    parser.add_argument("--blind-ppm", metavar="PATH", help="one trained with max_text_tokens 0")
+    parser.add_argument(
+        "--data", metavar="FILE", help="samples in the LLaVA format; default: generated shapes"
+    )
+    parser.add_argument("--images", default=".", metavar="DIR", help="where its image paths start")
+    parser.add_argument("--num-questions", type=int, default=400, metavar="N", help="default: 400")
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="of the generated questions (held out from training)"
+    )
+    parser.add_argument(
+        "--methods",
+        default=DEFAULT_METHODS,
+        metavar="A,B",
+        help=f"rows of the table, or 'everything' (default: {DEFAULT_METHODS})",
+    )
+    parser.add_argument(
+        "--keep-ratio", type=float, nargs="+", default=list(KEEP_RATIOS), metavar="R"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=4, metavar="N")
+    parser.add_argument("--dtype", default="auto", help="of the model's weights (default: auto)")
+    parser.add_argument("--num-threads", type=int, metavar="N", help="torch's, on a CPU")
+    parser.add_argument("--json", metavar="FILE", help="write all figures, question by question")
+    parser.add_argument("--markdown", metavar="FILE", help="write the table")
+    parser.add_argument("--plot", metavar="FILE", help="write a plot (needs matplotlib)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure. Returns the exit code."""
+    if (args.model is None) == (args.endpoint is None):
+        raise ValueError("give either --model or --endpoint")
+    for keep_ratio in args.keep_ratio:
+        if not 0 < keep_ratio <= 1:
+            raise ValueError(f"--keep-ratio must be in (0, 1], got {keep_ratio}")
+    # What follows loads for seconds: what is wrong above is said before.
+    from vllm_covipal.bench.provenance import provenance
+    from vllm_covipal.evaluation.table import markdown, plot
+
+    questions = _questions(args)
+    results = _served(args, questions) if args.endpoint else _local(args, questions)
+    text = markdown(results)
+    print(text, end="")
+    if args.markdown:
+        Path(args.markdown).write_text(text, encoding="utf-8")
+    if args.json:
+        made_by = provenance() | {"num_questions": len(questions), "seed": args.seed}
+        document = {"provenance": made_by, "rows": results.as_json()}
+        Path(args.json).write_text(json.dumps(document) + "\n", encoding="utf-8")
+    if args.plot:
+        plot(results, args.plot)
+    return 0
+
+
+def _questions(args: argparse.Namespace) -> Any:
+    from vllm_covipal.evaluation.questions import SEED, file_questions, shapes_questions
+
+    if args.data:
+        return file_questions(args.data, args.images, args.num_questions)
+    args.seed = SEED if args.seed is None else args.seed
+    return shapes_questions(args.num_questions, seed=args.seed)
+
+
+def _served(args: argparse.Namespace, questions: Any) -> Any:
+    from vllm_covipal.evaluation.accuracy import Results, row_of
+    from vllm_covipal.evaluation.endpoint import Endpoint
+
+    endpoint = Endpoint(args.endpoint, max_new_tokens=args.max_new_tokens)
+    results = Results(questions)
+    for keep_ratio in (1.0, *args.keep_ratio):
+        said = endpoint.answer(questions, keep_ratio)
+        method = "full" if keep_ratio == 1 else SERVED
+        results.rows.append(row_of(method, keep_ratio, questions, [said]))
+    return results
+
+
+def _local(args: argparse.Namespace, questions: Any) -> Any:
+    import torch
+
+    from vllm_covipal.evaluation.accuracy import measure
+    from vllm_covipal.evaluation.methods import METHODS, Evaluator, encode_questions
+    from vllm_covipal.training.lvlm import load_lvlm
+
+    methods = _methods(args, METHODS)
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+    model, processor = load_lvlm(args.model, args.dtype)
+    evaluator = Evaluator(
+        model,
+        processor,
+        ppm=_module(args.ppm, model, args.model),
+        blind_ppm=_module(args.blind_ppm, model, args.model),
+        max_new_tokens=args.max_new_tokens,
+    )
+    asked = encode_questions(model, processor, questions)
+    return measure(evaluator, asked, methods, args.keep_ratio)
+
+
+def _methods(args: argparse.Namespace, known: tuple[str, ...]) -> list[str]:
+    """The rows asked for, without those that lack a module where the user did not name them."""
+    from vllm_covipal.evaluation.methods import BLIND
+
+    def has_module(name: str) -> bool:
+        if name == BLIND:
+            return args.blind_ppm is not None
+        return args.ppm is not None or not name.startswith("ppm")
+
+    if args.methods == "everything":
+        return [name for name in known if has_module(name)]
+    # Names with a comma of their own come first.
+    left, chosen = args.methods, []
+    while left:
+        name = next(
+            (n for n in sorted(known, key=len, reverse=True) if f"{left},".startswith(f"{n},")),
+            None,
+        )
+        if name is None:
+            raise ValueError(f"--methods: {left!r} is none of: {'; '.join(known)}")
+        chosen.append(name)
+        left = left[len(name) + 1 :]
+    if args.methods == DEFAULT_METHODS:
+        chosen = [name for name in chosen if has_module(name)]
+    return chosen
+
+
+def _module(path: str | None, model: Any, model_name: str) -> Any:
+    from vllm_covipal.core.fingerprint import fingerprint
+    from vllm_covipal.core.pruner_files import load_pruning_module
+
+    if path is None:
+        return None
+    return load_pruning_module(path, fingerprint=fingerprint(model.config), model_name=model_name)

@@ -47,6 +47,7 @@ class Run:
     source: Source
     accelerator: Any
     out: Path
+    guide_layer: int
     made_by: dict[str, Any]
 
 
@@ -93,6 +94,7 @@ def train(
         ValueError: if the folder holds another run, or a dial does not fit the model.
     """
     out = Path(recipe.out)
+    guide_layer = _guide_layer(recipe, model)
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
         if restart:
@@ -113,7 +115,7 @@ def train(
     made_by = provenance() | {"command": " ".join(["vllm-covipal", *sys.argv[1:]])}
     made_by["recipe"] = recipe.model_dump(mode="json", exclude={"out"})
     made_by["num_processes"] = accelerator.num_processes
-    run = Run(recipe, model, encoder, source, accelerator, out, made_by)
+    run = Run(recipe, model, encoder, source, accelerator, out, guide_layer, made_by)
     for stage in (1, 2):
         if progress and progress.stage > stage:
             continue
@@ -124,6 +126,14 @@ def train(
         checkpoint.write_json(out / "provenance.json", made_by)
     accelerator.wait_for_everyone()
     return module
+
+
+def _guide_layer(recipe: TrainRecipe, model: Any) -> int:
+    given = recipe.stage1.guide_layer
+    num_layers = len(decoder(model).layers)
+    if given is not None and given >= num_layers:
+        raise ValueError(f"stage1.guide_layer must be in [0, {num_layers}), got {given}")
+    return default_guide_layer(model) if given is None else given
 
 
 def _new_module(recipe: TrainRecipe, model: Any, model_name: str) -> PruningModule:
@@ -202,10 +212,9 @@ def _step(
     samples = [run.encoder(sample, turns) for sample, turns in drawn]
     with run.accelerator.autocast():
         if stage == 1:
-            layer_idx = run.recipe.stage1.guide_layer
-            if layer_idx is None:
-                layer_idx = default_guide_layer(run.model)
-            return stages.stage1_step(run.model, scorer, samples, run.recipe.stage1, layer_idx)
+            return stages.stage1_step(
+                run.model, scorer, samples, run.recipe.stage1, run.guide_layer
+            )
         generator = torch.Generator()
         generator.manual_seed(random.Random(_seed(run, stage, step, "noise")).getrandbits(60))
         progress = step / max(1, recipe.num_steps - 1)

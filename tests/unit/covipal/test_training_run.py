@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import tiny_lvlm
+from vllm_covipal import cli
 from vllm_covipal.core.fingerprint import fingerprint
 from vllm_covipal.core.pruner_files import load_pruning_module
 from vllm_covipal.training import loop
@@ -179,3 +180,42 @@ def test_a_dial_is_overridden_by_its_dotted_name() -> None:
         with pytest.raises(ValueError, match="train_") as refusal:
             load_recipe(path, {name: value})
         assert words in str(refusal.value)
+
+
+def test_the_command_trains_from_a_file(tmp_path: Path, capsys: Any) -> None:
+    """From a model's folder and samples in the LLaVA format to a module that serving loads."""
+    model = tiny_lvlm.write("llava", tmp_path / "model")
+    lines = []
+    for i in range(3):
+        tiny_lvlm.picture(40, 40, seed=i).save(tmp_path / f"{i}.png")
+        turns = [
+            {"from": "human", "value": "<image>\nwhat is the color ?"},
+            {"from": "gpt", "value": "red"},
+        ]
+        lines.append(json.dumps({"id": i, "image": f"{i}.png", "conversations": turns}))
+    (tmp_path / "samples.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    out = tmp_path / "out"
+    arguments = ["train", "--config", str(RECIPES[0]), "--model", str(model), "--out", str(out)]
+    arguments += ["--data.kind", "jsonl", "--data.path", str(tmp_path / "samples.jsonl")]
+    arguments += ["--data.images", str(tmp_path), "--stage1.num_steps", "1"]
+    arguments += ["--stage1.guide_layer", "1", "--stage2.num_steps", "1"]
+    assert cli.main(arguments) == 0
+    assert load_pruning_module(out).config.trained_for == "model"
+    made_by = json.loads((out / "provenance.json").read_text(encoding="utf-8"))
+    assert made_by["recipe"]["data"]["kind"] == "jsonl"
+    assert "stage 2 1/1" in capsys.readouterr().out
+
+
+def test_what_is_wrong_with_a_run_is_one_line(tmp_path: Path, capsys: Any) -> None:
+    """Exit code 2: recipe, samples, model, guide layer."""
+    model = tiny_lvlm.write("llava", tmp_path / "model")
+    run = ["train", "--config", str(RECIPES[0]), "--out", str(tmp_path / "out")]
+    for arguments, words in (
+        (["--stage2.mask", "soft"], "stage2.mask='soft'"),
+        (["--data.kind", "jsonl"], "kind 'jsonl' needs a path"),
+        (["--model", str(tmp_path / "none")], "transformers cannot load it"),
+        (["--model", str(model), "--stage1.guide_layer", "2"], "guide_layer must be in [0, 2)"),
+    ):
+        assert cli.main([*run, *arguments]) == 2
+        said = capsys.readouterr().err
+        assert words in said and said.count("\n") == 1

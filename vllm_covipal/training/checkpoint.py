@@ -35,7 +35,7 @@ class Progress:
     Attributes:
         stage: 1 or 2.
         step: steps done of that stage.
-        digest: of the recipe, without what changes no number.
+        digest: of the recipe up to this stage, without what changes no number.
         num_processes: each draws samples of its own.
     """
 
@@ -50,9 +50,13 @@ class Progress:
         return f"stage{self.stage}-{self.step:06d}"
 
 
-def recipe_digest(recipe: TrainRecipe) -> str:
-    """Sixteen hex digits of all that changes the numbers."""
-    values = recipe.model_dump(mode="json", exclude={"out", "checkpoint_steps", "log_steps"})
+def recipe_digest(recipe: TrainRecipe, stage: int) -> str:
+    """Sixteen hex digits of all that changes the numbers up to that stage's end.
+
+    So another stage 2 may follow a stage 1 that is done.
+    """
+    left_out = {"out", "checkpoint_steps", "log_steps"} | ({"stage2"} if stage == 1 else set())
+    values = recipe.model_dump(mode="json", exclude=left_out)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -77,7 +81,7 @@ def save_checkpoint(
         shutil.rmtree(old)
 
 
-def last_progress(out: Path, digest: str, num_processes: int) -> Progress | None:
+def last_progress(out: Path, recipe: TrainRecipe, num_processes: int) -> Progress | None:
     """Where the run in this folder is; None if it has no checkpoint.
 
     Raises:
@@ -88,7 +92,7 @@ def last_progress(out: Path, digest: str, num_processes: int) -> Progress | None
         return None
     state = json.loads((folders[-1] / "state.json").read_text(encoding="utf-8"))
     progress = Progress(**state)
-    if progress.digest != digest:
+    if progress.digest != recipe_digest(recipe, progress.stage):
         raise ValueError(f"{folders[-1]} is of another recipe: give another out, or --restart")
     if progress.num_processes != num_processes:
         raise ValueError(

@@ -101,8 +101,7 @@ def train(
             shutil.rmtree(out / checkpoint.FOLDER, ignore_errors=True)
     accelerator.wait_for_everyone()
     model.to(accelerator.device)
-    digest = checkpoint.recipe_digest(recipe)
-    progress = checkpoint.last_progress(out, digest, accelerator.num_processes)
+    progress = checkpoint.last_progress(out, recipe, accelerator.num_processes)
     module = _new_module(recipe, model, model_name)
     if progress:
         checkpoint.load_module(out, progress, module)
@@ -174,7 +173,7 @@ def _run_stage(
         checkpoint.load_optimizer(run.out, resumed, optimizer)
     _set_recomputation(run, stage)
     curve = Curve(run.out / f"stage{stage}.csv", first) if accelerator.is_main_process else None
-    digest = checkpoint.recipe_digest(run.recipe)
+    digest = checkpoint.recipe_digest(run.recipe, stage)
     with _Reader(run, stage, recipe, first) as reader:
         for step in range(first, recipe.num_steps):
             for group in optimizer.param_groups:

@@ -149,6 +149,19 @@ def test_a_folder_of_another_recipe_is_refused(tmp_path: Path) -> None:
     _train("llava", _recipe(tmp_path, seed=5), restart=True)
 
 
+def test_another_stage_2_follows_a_stage_1_that_is_done(tmp_path: Path) -> None:
+    """Without taking it again; the curves are those of one run."""
+    _train("llava", _recipe(tmp_path / "a", stage2={"num_steps": 0}))
+    taken: list[tuple[int, int]] = []
+    _train(
+        "llava", _recipe(tmp_path / "a"), report=lambda stage, done, *_: taken.append((stage, done))
+    )
+    assert taken[0] == (2, 1)
+    _train("llava", _recipe(tmp_path / "b"))
+    for name in ("stage1.csv", "stage2.csv"):
+        assert _curve(tmp_path / "a" / name) == _curve(tmp_path / "b" / name)
+
+
 def test_stage_1_learns(tmp_path: Path) -> None:
     """On pictures that come again and again the error falls."""
     stage = {"num_steps": 30, "pictures": 4, "questions": 2, "learning_rate": 5e-3}

@@ -48,7 +48,7 @@ def _rows(arguments: list[str], path: Path) -> dict[Any, list[float]]:
 
 def test_the_server_answers_as_the_twin_does(server: VllmServer, tmp_path: Path) -> None:
     """Every question, at every ratio; at most one of sixty may round the other way."""
-    served = _rows(["--endpoint", server.url], tmp_path / "served.json")
+    served = _rows(["--endpoint", server.url, "--add-special-tokens"], tmp_path / "served.json")
     methods = ["--methods", "ppm", "--dtype", "float32", "--num-threads", "1"]
     local = _rows(["--model", SHAPES, "--ppm", SHAPES_PPM, *methods], tmp_path / "local.json")
     for keep_ratio in map(float, KEEP_RATIOS):

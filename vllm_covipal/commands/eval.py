@@ -14,6 +14,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("--model", metavar="PATH", help="LVLM, as transformers takes")
     parser.add_argument("--endpoint", metavar="URL", help="a served model instead of --model")
+    parser.add_argument(
+        "--add-special-tokens",
+        action="store_true",
+        help="with --endpoint: put the begin-of-text token in front, where the chat template "
+        "leaves it out and the model was trained with it (LLaVA-1.5, models/shapes)",
+    )
     parser.add_argument("--ppm", metavar="PATH", help="folder of a trained pruning module")
     parser.add_argument("--blind-ppm", metavar="PATH", help="one trained with max_text_tokens 0")
     parser.add_argument(
@@ -80,7 +86,11 @@ def _served(args: argparse.Namespace, questions: Any) -> Any:
     from vllm_covipal.evaluation.accuracy import Results, row_of
     from vllm_covipal.evaluation.endpoint import Endpoint
 
-    endpoint = Endpoint(args.endpoint, max_new_tokens=args.max_new_tokens)
+    endpoint = Endpoint(
+        args.endpoint,
+        max_new_tokens=args.max_new_tokens,
+        add_special_tokens=args.add_special_tokens,
+    )
     results = Results(questions)
     for keep_ratio in (1.0, *args.keep_ratio):
         said = endpoint.answer(questions, keep_ratio)

@@ -21,19 +21,29 @@ TIMEOUT_S = 300.0
 class Endpoint:
     """An OpenAI-compatible server."""
 
-    def __init__(self, url: str, *, max_new_tokens: int = 4, num_parallel: int = 8) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        max_new_tokens: int = 4,
+        num_parallel: int = 8,
+        add_special_tokens: bool = False,
+    ) -> None:
         """Ask the server what it serves.
 
         Args:
             url: with or without ``/v1``.
             max_new_tokens: of an answer.
             num_parallel: requests at a time.
+            add_special_tokens: the tokenizer's own go in front of what the chat template writes:
+                for templates without the begin-of-text token that the model was trained with.
 
         Raises:
             RuntimeError: if nothing there answers as such a server.
         """
         self._url = url.rstrip("/").removesuffix("/v1") + "/v1"
         self._max_new_tokens, self._num_parallel = max_new_tokens, num_parallel
+        self._add_special_tokens = add_special_tokens
         try:
             listed = httpx.get(f"{self._url}/models", timeout=TIMEOUT_S).raise_for_status().json()
             self.model = str(listed["data"][0]["id"])
@@ -63,6 +73,7 @@ class Endpoint:
             "messages": [{"role": "user", "content": content}],
             "max_tokens": self._max_new_tokens,
             "temperature": 0,
+            "add_special_tokens": self._add_special_tokens,
         }
         if keep_ratio is not None:
             body["vllm_xargs"] = {KEEP_RATIO_KEY: keep_ratio}

@@ -19,6 +19,7 @@ from vllm_covipal.training.recipe import TrainRecipe, leaves, load_recipe
 
 ROOT = Path(__file__).parents[3]
 RECIPES = sorted((ROOT / "configs" / "covipal").glob("train_*.yaml"))
+SHAPES = ROOT / "configs" / "covipal" / "train_shapes.yaml"
 STEPS = 4
 
 
@@ -181,7 +182,7 @@ def test_a_shipped_recipe_is_valid(path: Path) -> None:
 
 def test_a_dial_is_overridden_by_its_dotted_name() -> None:
     """Values are YAML; a wrong one is named."""
-    path = RECIPES[0]
+    path = SHAPES
     recipe = load_recipe(path, {"stage1.num_steps": "7", "stage2.keep_ratio": "[0.5]"})
     assert recipe.stage1.num_steps == 7 and recipe.stage2.keep_ratio == (0.5,)
     assert {"seed", "stage2.mask", "module.width", "data.path"} <= set(leaves())
@@ -208,7 +209,7 @@ def test_the_command_trains_from_a_file(tmp_path: Path, capsys: Any) -> None:
         lines.append(json.dumps({"id": i, "image": f"{i}.png", "conversations": turns}))
     (tmp_path / "samples.jsonl").write_text("\n".join(lines), encoding="utf-8")
     out = tmp_path / "out"
-    arguments = ["train", "--config", str(RECIPES[0]), "--model", str(model), "--out", str(out)]
+    arguments = ["train", "--config", str(SHAPES), "--model", str(model), "--out", str(out)]
     arguments += ["--data.kind", "jsonl", "--data.path", str(tmp_path / "samples.jsonl")]
     arguments += ["--data.images", str(tmp_path), "--stage1.num_steps", "1"]
     arguments += ["--stage1.guide_layer", "1", "--stage2.num_steps", "1"]
@@ -222,7 +223,7 @@ def test_the_command_trains_from_a_file(tmp_path: Path, capsys: Any) -> None:
 def test_what_is_wrong_with_a_run_is_one_line(tmp_path: Path, capsys: Any) -> None:
     """Exit code 2: recipe, samples, model, guide layer."""
     model = tiny_lvlm.write("llava", tmp_path / "model")
-    run = ["train", "--config", str(RECIPES[0]), "--out", str(tmp_path / "out")]
+    run = ["train", "--config", str(SHAPES), "--out", str(tmp_path / "out")]
     for arguments, words in (
         (["--stage2.mask", "soft"], "stage2.mask='soft'"),
         (["--data.kind", "jsonl"], "kind 'jsonl' needs a path"),

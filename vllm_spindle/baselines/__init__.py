@@ -1,0 +1,36 @@
+"""Every method under one protocol and at equal true bytes; the registry is ``METHODS``."""
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm_spindle.baselines.base import Method
+from vllm_spindle.baselines.full import Full
+from vllm_spindle.baselines.random import Random
+from vllm_spindle.baselines.snapkv import SnapKV
+
+METHODS: dict[str, Callable[..., Method]] = {
+    "full": Full,
+    "random": Random,
+    "snapkv": SnapKV,
+}
+
+
+def make_method(name: str, *, seed: int = 0, **options: Any) -> Method:
+    """A method by its name in ``METHODS``.
+
+    Args:
+        name: key of ``METHODS``.
+        seed: for methods that draw.
+        options: the method's own dials.
+
+    Raises:
+        ValueError: if there is no such method or dial.
+    """
+    if name not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
+    if name == "random":
+        options = {"seed": seed, **options}
+    try:
+        return METHODS[name](**options)
+    except TypeError as error:
+        raise ValueError(f"method {name!r}: {error}") from None

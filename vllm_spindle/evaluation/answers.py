@@ -1,0 +1,128 @@
+"""Answers over a reduced cache, offline: one model, one method, one share of the bytes.
+
+Every token of an answer, its first one included, comes from the reduced cache. A question inside
+the prompt: the whole prompt is read, then reduced, the last prompt token is taken off the cache and
+fed once more, now against what is left. Questions behind the prompt are fed as they are.
+"""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+
+from vllm_spindle.baselines import make_method
+from vllm_spindle.calibration.capture import rotary_table
+from vllm_spindle.hf_layers import QueryCache, enable
+
+
+class Answerer:
+    """Greedy answers of a transformers model.
+
+    Attributes:
+        true_bytes: of the last prompt, reduced; two-byte elements of the model's GQA cache.
+        full_bytes: of the last prompt, whole.
+    """
+
+    def __init__(
+        self, model: Any, *, method: str, byte_ratio: float, seed: int = 0, **options: Any
+    ) -> None:
+        """Pass the model's attention through ours (``hf_layers.enable``).
+
+        Args:
+            model: a causal language model of transformers.
+            method: key of ``baselines.METHODS``.
+            byte_ratio: share of the prompt's true bytes to keep, (0, 1].
+            seed: for methods that draw.
+            options: the method's own dials.
+
+        Raises:
+            ValueError: if the method or a dial is unknown, or the ratio out of range.
+        """
+        if not 0 < byte_ratio <= 1:
+            raise ValueError(f"byte_ratio must be in (0, 1], got {byte_ratio}")
+        self._method = make_method(method, seed=seed, **options)
+        self._model = model
+        self._byte_ratio = byte_ratio
+        self.true_bytes = 0
+        self.full_bytes = 0
+        enable(model)
+
+    @torch.inference_mode()
+    def answer(
+        self,
+        prompt_ids: Sequence[int],
+        followups: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stop_ids: Collection[int],
+    ) -> list[list[int]]:
+        """One greedy answer per follow-up, in turn, over one cache that goes on.
+
+        A follow-up sees the reduced prompt and all follow-ups and answers before it, those whole.
+
+        Args:
+            prompt_ids: read, then reduced.
+            followups: token ids of each question; ``[[]]`` if it is in the prompt. Only the first
+                may be empty.
+            max_new_tokens: most tokens of an answer.
+            stop_ids: tokens that end an answer.
+
+        Returns:
+            Token ids of each answer, the stop token left out.
+
+        Raises:
+            ValueError: if the prompt is shorter than two tokens, or a later follow-up empty.
+        """
+        if len(prompt_ids) < 2 or not all(followups[1:]):
+            raise ValueError("needs a prompt of two tokens or more, and no later follow-up empty")
+        cache = self._reduced(list(prompt_ids))
+        answers, unread = [], []
+        for followup in followups:
+            if not followup:
+                cache.crop(-1)
+                unread = [prompt_ids[-1]]
+            answer, unread = self._greedy(
+                cache, [*unread, *followup], max_new_tokens, set(stop_ids)
+            )
+            answers.append(answer)
+        return answers
+
+    def _reduced(self, prompt_ids: list[int]) -> QueryCache:
+        cache = QueryCache(self._model.config)
+        self._read(cache, prompt_ids)
+        twice = self._method.reads_twice
+        if twice:
+            self._read(cache, prompt_ids)
+        layers = cache.prompt(self._rotary(len(prompt_ids)), len(prompt_ids) if twice else 0)
+        cache.reduce(self._method.reduce(layers, self._byte_ratio))
+        self.true_bytes = cache.true_bytes or 0
+        self.full_bytes = sum(layer.full_bytes for layer in layers)
+        return cache
+
+    def _rotary(self, num_tokens: int) -> torch.Tensor | None:
+        config = self._model.config.get_text_config(decoder=True)
+        head_size = getattr(config, "head_dim", None)
+        head_size = head_size or config.hidden_size // config.num_attention_heads
+        try:
+            return rotary_table(self._model, num_tokens, head_size)
+        except ValueError:
+            return None  # whoever needs one says so
+
+    def _greedy(
+        self, cache: QueryCache, token_ids: list[int], max_new_tokens: int, stop_ids: set[int]
+    ) -> tuple[list[int], list[int]]:
+        """The answer, and its last token, which the cache has not seen."""
+        answer: list[int] = []
+        token = self._read(cache, token_ids)
+        while len(answer) < max_new_tokens:
+            if token in stop_ids:
+                return answer, [token]
+            answer.append(token)
+            if len(answer) < max_new_tokens:
+                token = self._read(cache, [token])
+        return answer, answer[-1:]
+
+    def _read(self, cache: QueryCache, token_ids: list[int]) -> int:
+        """Feed tokens; the likeliest next one."""
+        ids = torch.tensor([token_ids], device=self._model.device)
+        out = self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return int(out.logits[0, -1].argmax())

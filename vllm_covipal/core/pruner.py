@@ -49,7 +49,7 @@ class PruningModuleConfig:
 
     hidden_size: int
     width: int
-    num_blocks: int = 3
+    num_blocks: int = 2
     num_heads: int = 4
     ffn_ratio: float = 2.0
     text_first: bool = True

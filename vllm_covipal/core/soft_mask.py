@@ -73,6 +73,22 @@ class _Budgeted(torch.autograd.Function):
         return slope / ctx.temperature * (grads[0] - mean), None, None
 
 
+def compact_positions(key_bias: Tensor) -> Tensor:
+    """Positions as serving gives them: a token moves up by what is left out before it.
+
+    A half-kept token moves those after it by half a place, so a hard choice gives the positions of
+    the pruned prompt and no choice those of the whole one.
+
+    Args:
+        key_bias: log shares, 0 for keys that are not visual. [B, T].
+
+    Returns:
+        [B, T], float32; no gradient passes.
+    """
+    shares = key_bias.detach().float().exp().clamp(max=1.0)
+    return shares.cumsum(-1) - shares
+
+
 def straight_through_bias(
     scores: Tensor, kept: Tensor, temperature: float = 1.0, floor: float = RETENTION_FLOOR
 ) -> Tensor:

@@ -40,7 +40,7 @@ class ModuleRecipe(Section):
     """Sizes of the pruning module; what is left out follows the language model's width."""
 
     width: Count | None = Field(None, description="own width")
-    num_blocks: Count = Field(3, description="attention blocks")
+    num_blocks: Count = Field(2, description="attention blocks")
     num_heads: Count | None = Field(None, description="heads of each block")
     ffn_ratio: Positive = Field(2.0, description="width of a block's MLP over its own")
     text_first: bool = Field(True, description="the first block's keys are the text alone")
@@ -89,6 +89,11 @@ class Stage2Recipe(StageRecipe):
         "sigmoid",
         description="retention: sigmoid of the score (with a budget term); sigmoid of the score "
         "less the threshold that meets the budget; or a hard top-k, soft in the backward pass",
+    )
+    positions: Literal["compact", "original"] = Field(
+        "compact",
+        description="of the tokens: as served, consecutive over what is left (where the family has "
+        "M-RoPE its own stay), or the unpruned prompt's",
     )
     budget: Literal["squared", "absolute", "one_sided", "none"] = Field(
         "squared", description="budget term of mask 'sigmoid'"

@@ -16,6 +16,7 @@ from vllm_covipal.core.labels import label_rows, received_attention, scaled_labe
 from vllm_covipal.core.losses import budget_loss
 from vllm_covipal.core.soft_mask import (
     budgeted_retention,
+    compact_positions,
     retention_bias,
     sigmoid_retention,
     straight_through_bias,
@@ -158,7 +159,8 @@ def stage2_step(
         overlaps.append(float((is_kept & top).sum() / (is_kept | top).sum()))
     where, targets = _answers(batch)
     mask = biased_mask(batch.allowed, key_bias, batch.embeddings.dtype)
-    logits = answer_logits(model, batch.embeddings, batch.positions, mask, where)
+    positions = stage2_positions(batch, key_bias, recipe)
+    logits = answer_logits(model, batch.embeddings, positions, mask, where)
     lm = F.cross_entropy(logits, targets)
     budget = torch.stack(costs).mean()
     weight = recipe.budget_weight if recipe.mask == "sigmoid" else 0.0
@@ -170,6 +172,13 @@ def stage2_step(
         "token_accuracy": float((logits.argmax(-1) == targets).float().mean()),
     }
     return Outcome(lm + weight * budget, shown)
+
+
+def stage2_positions(batch: Batch, key_bias: Tensor, recipe: Stage2Recipe) -> Tensor:
+    """The positions that the language model gets. [B, T], or [3, B, T] under M-RoPE."""
+    if recipe.positions == "original" or batch.positions.dim() == 3:
+        return batch.positions
+    return compact_positions(key_bias)
 
 
 def _soft_choice(

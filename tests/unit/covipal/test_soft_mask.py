@@ -7,6 +7,7 @@ from vllm_covipal.core.losses import budget_loss
 from vllm_covipal.core.soft_mask import (
     DROPPED,
     budgeted_retention,
+    compact_positions,
     retention_bias,
     sigmoid_retention,
     straight_through_bias,
@@ -50,6 +51,17 @@ def test_a_budget_that_is_no_choice_is_refused(num_kept: int) -> None:
     """None, or all."""
     with pytest.raises(ValueError, match=f"num_kept must be in .0, 20., got {num_kept}"):
         budgeted_retention(_scores(), num_kept)
+
+
+def test_positions_close_up_by_what_is_left_out() -> None:
+    """A hard choice counts what stays before a token, halves count half, nothing moves at p = 1."""
+    gone = DROPPED
+    bias = torch.tensor([[0, 0, gone, 0, gone, 0], [0, 0, 0, 0, 0, 0]], requires_grad=True)
+    places = compact_positions(bias)
+    assert places.tolist() == [[0, 1, 2, 2, 3, 3], [0, 1, 2, 3, 4, 5]]
+    assert not places.requires_grad
+    halves = compact_positions(torch.tensor([[0, 0.5, 0.25, 1]]).log().nan_to_num(neginf=gone))
+    assert halves.tolist() == [pytest.approx([0, 0, 0.5, 0.75])]
 
 
 def test_straight_through_is_hard_forward_and_soft_backward() -> None:

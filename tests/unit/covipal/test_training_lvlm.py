@@ -7,13 +7,15 @@ import pytest
 import torch
 
 import tiny_lvlm
-from vllm_covipal.core.soft_mask import RETENTION_FLOOR, retention_bias
+from vllm_covipal import hf
+from vllm_covipal.core.soft_mask import DROPPED, RETENTION_FLOOR, retention_bias
+from vllm_covipal.selectors import build_selector
 from vllm_covipal.training import lvlm
 from vllm_covipal.training.batches import Batch, make_batch
 from vllm_covipal.training.data import Sample, Turn
 from vllm_covipal.training.encode import EncodedSample, Encoder, chat_prompt
-from vllm_covipal.training.recipe import Stage1Recipe
-from vllm_covipal.training.stages import guide_labels, score_batch
+from vllm_covipal.training.recipe import Stage1Recipe, Stage2Recipe
+from vllm_covipal.training.stages import guide_labels, score_batch, stage2_positions
 
 TURNS = (
     Turn("<image>\nwhat is the color ?", "blue circle"),
@@ -144,6 +146,38 @@ def test_no_retention_is_deletion_with_positions_kept(family: str) -> None:
     floored = _no_bias(batch)
     floored[0, gone] = retention_bias(torch.zeros(len(gone)))
     assert float(floored.exp().min()) == pytest.approx(RETENTION_FLOOR)
+
+
+@each_family
+def test_a_hard_choice_in_stage_2_is_the_served_prompt(family: str) -> None:
+    """Dropped keys and stage 2's positions: the logits of the prompt that serving makes."""
+    model, processor = _pair(family)
+    sample, turn = _sample(), TURNS[0]
+    batch = make_batch(model, [_encoded(family)], share_pictures=False)
+    prompt = chat_prompt(processor, turn.question, 1)
+    encoded = hf.encode_prompt(model, processor, prompt, images=list(sample.images))
+    selector = build_selector("random", seed=3)
+    pruned = hf.prune_prompt(model, encoded, keep_ratio=0.3, selector=selector)
+    assert pruned.embeddings.shape[1] < len(encoded.prompt_ids)
+    question = batch.questions[0]
+    start = question.sequence.starts[0]
+    bias = _no_bias(batch)
+    bias[0, start : start + len(encoded.items[0].rows)] = DROPPED
+    bias[0, start + pruned.kept_rows[0]] = 0
+    last = torch.tensor([[0, question.sequence.num_prompt - 1]])
+    mask = lvlm.biased_mask(batch.allowed, bias, batch.embeddings.dtype)
+
+    def at(positions: torch.Tensor) -> torch.Tensor:
+        return lvlm.answer_logits(model, batch.embeddings, positions, mask, last)[0]
+
+    given = {} if pruned.positions is None else {"position_ids": pruned.positions}
+    served = model(inputs_embeds=pruned.embeddings, logits_to_keep=1, **given).logits[0, -1]
+    here = at(stage2_positions(batch, bias, Stage2Recipe(num_steps=1)))
+    assert torch.allclose(here, served, atol=2e-3, rtol=1e-3)
+    if pruned.positions is None:
+        original = stage2_positions(batch, bias, Stage2Recipe(num_steps=1, positions="original"))
+        assert torch.equal(original, batch.positions)
+        assert not torch.allclose(at(original), served, atol=2e-3, rtol=1e-3)
 
 
 @each_family

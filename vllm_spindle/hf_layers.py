@@ -131,7 +131,7 @@ class QueryLayer(DynamicLayer):
 
         Args:
             layer_idx: depth.
-            cos_sin: rotary table of at least the tokens seen.
+            cos_sin: see ``PromptLayer``.
             num_repeated: newest tokens that repeat the prompt's last ones; they are dropped from
                 the cache, and their queries kept apart.
         """
@@ -148,7 +148,7 @@ class QueryLayer(DynamicLayer):
             values=self.values[0],
             scale=self.scale,
             layer_idx=layer_idx,
-            cos_sin=None if cos_sin is None else cos_sin[:num_tokens],
+            cos_sin=cos_sin,
             repeated=queries[:, :, num_tokens:] if num_repeated else None,
         )
 

@@ -3,15 +3,31 @@
 from collections.abc import Callable
 from typing import Any
 
+from vllm_spindle.baselines.adakv import AdaKV
 from vllm_spindle.baselines.base import Method
+from vllm_spindle.baselines.d2o import D2O
+from vllm_spindle.baselines.expected_attention import ExpectedAttention
 from vllm_spindle.baselines.full import Full
+from vllm_spindle.baselines.h2o import H2O
+from vllm_spindle.baselines.pyramidinfer import PyramidInfer
+from vllm_spindle.baselines.pyramidkv import PyramidKV
 from vllm_spindle.baselines.random import Random
 from vllm_spindle.baselines.snapkv import SnapKV
+from vllm_spindle.baselines.spindle import Spindle
+from vllm_spindle.baselines.streaming_llm import StreamingLLM
 
 METHODS: dict[str, Callable[..., Method]] = {
     "full": Full,
     "random": Random,
+    "streaming_llm": StreamingLLM,
+    "h2o": H2O,
     "snapkv": SnapKV,
+    "pyramidkv": PyramidKV,
+    "pyramidinfer": PyramidInfer,
+    "adakv": AdaKV,
+    "expected_attention": ExpectedAttention,
+    "d2o": D2O,
+    "spindle": Spindle.of,
 }
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from vllm_spindle.core.budget import share_out
 from vllm_spindle.core.codebook_bytes import dense_bytes
 
+NUM_FUTURE = 512  # positions behind the prompt that a method may ask the rotary table for
 LENGTH_BYTES = 4  # int32: tokens of one kv head, where heads differ
 
 
@@ -37,8 +38,8 @@ class PromptLayer:
         values: [K, T, D].
         scale: softmax scale.
         layer_idx: depth in the model.
-        cos_sin: rotary table of the prompt's positions, see ``core/rotary.py``; None for a model
-            that turns its keys in another way. [T, D].
+        cos_sin: rotary table, see ``core/rotary.py``, of the prompt's positions and ``NUM_FUTURE``
+            more; None for a model that turns its keys in another way. [at least T, D].
         repeated: rotated queries of the same tokens, read a second time behind the prompt, for
             methods that ask for them; or None. [K, G, T, D].
     """
@@ -103,6 +104,10 @@ class Baseline(Method):
     num_recent: int = 1
     """Last tokens, always kept, as far as a layer's budget goes; at least 1."""
 
+    def recent(self, num_kept: int) -> int:
+        """Last tokens that a layer of ``num_kept`` tokens keeps, 1 to ``num_kept``."""
+        return max(1, min(self.num_recent, num_kept))
+
     @abstractmethod
     def score(self, layer: PromptLayer) -> Tensor:
         """Importance of every token for each kv head, higher is kept. [K, T], float32."""
@@ -115,13 +120,13 @@ class Baseline(Method):
         """Tokens of each kv head, ``K * num_kept`` together at most; None for all alike."""
         return None
 
-    def fold(self, layer: PromptLayer, scores: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the kept tokens, with what others leave in them.
+    def fold(self, layer: PromptLayer, num_context: int, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the kept context tokens, with what the others leave in them.
 
         Args:
             layer: the whole prompt.
-            scores: as given by ``score``, the recent tokens at infinity. [K, T].
-            kept: ascending positions. [K, N], int64.
+            num_context: tokens that may be evicted; all later ones are kept.
+            kept: ascending positions, below ``num_context`` where they are there. [K, N], int64.
 
         Returns:
             Twice [K, N, D].
@@ -132,18 +137,23 @@ class Baseline(Method):
         total = total_tokens(layers, byte_ratio)
         if total == len(layers) * layers[0].num_tokens:
             return [keep_all(layer) for layer in layers]
-        budgets = self.layer_budgets(layers, total)
+        return self.reduce_to(layers, self.layer_budgets(layers, total))
+
+    def reduce_to(
+        self, layers: Sequence[PromptLayer], budgets: Sequence[int]
+    ) -> list[ReducedLayer]:
+        """Each layer in its budget of tokens per kv head."""
         return [
-            self._reduce_layer(layer, budget) for layer, budget in zip(layers, budgets, strict=True)
+            self.choose(layer, self.score(layer).float(), budget)
+            for layer, budget in zip(layers, budgets, strict=True)
         ]
 
-    def _reduce_layer(self, layer: PromptLayer, num_kept: int) -> ReducedLayer:
-        scores = self.score(layer).float()
+    def choose(self, layer: PromptLayer, scores: Tensor, num_kept: int) -> ReducedLayer:
+        """One layer's tokens by score. scores: [K, T]."""
         num_kv_heads, num_tokens = scores.shape
-        num_recent = max(1, min(self.num_recent, num_kept))
+        num_recent = self.recent(num_kept)
         num_context = num_tokens - num_recent
         counts = self.head_budgets(scores[:, :num_context], num_kept - num_recent)
-        scores[:, num_context:] = torch.inf
         most = num_kept - num_recent if counts is None else max(counts)
         best = scores[:, :num_context].topk(most, dim=-1).indices
         is_there = torch.ones_like(best, dtype=torch.bool)
@@ -157,7 +167,7 @@ class Baseline(Method):
             best = best.masked_fill(~is_there, num_context)
         positions = best.sort(dim=-1).values
         kept = positions.clamp(max=num_tokens - 1)
-        keys, values = self.fold(layer, scores, kept)
+        keys, values = self.fold(layer, num_context, kept)
         return ReducedLayer(
             keys=keys,
             values=values,

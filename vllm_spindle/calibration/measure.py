@@ -145,7 +145,8 @@ class Bench:
     def _layer(self, i: int, layer_idx: int, method: MethodName | None) -> Reduced:
         if method is None:
             layer = self._prompts[i].layers[layer_idx]
-            return Reduced(dense(layer.keys[:, :0], layer.values[:, :0]), 0)  # none of it reduced
+            nothing = dense(layer.keys[:, :0], layer.values[:, :0])
+            return Reduced(nothing, 0, torch.zeros(layer.keys.shape[0], 0, dtype=torch.int64))
         key = (i, layer_idx, method)
         if key not in self._reduced:
             plan = self._plans[i][self.policy.band_of_layer(layer_idx)]

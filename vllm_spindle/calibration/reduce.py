@@ -1,6 +1,7 @@
 """A layer's context after eviction, merging or both, in the bytes that its band has.
 
-The engine's steps without its blocks: the same choice, the same cover, the same roundings.
+The engine's steps without its blocks: the same choice, the same cover, the same roundings. For
+calibration and for the transformers cache.
 Shapes: K kv heads, C context tokens that are left, D head size.
 """
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from vllm_spindle.baselines.base import PromptLayer
 from vllm_spindle.calibration.capture import CapturedPrompt, Context
 from vllm_spindle.config import MethodName
 from vllm_spindle.core.admission import Admitted
@@ -31,11 +33,13 @@ class Reduced:
     Attributes:
         context: keys, values, and which of them are there.
         num_context: context tokens before.
+        positions: where the tokens stood. [K, C], int64.
         overflow: share of the context tokens turned away for want of an entry.
     """
 
     context: Context
     num_context: int
+    positions: Tensor
     overflow: float = 0.0
 
 
@@ -61,33 +65,67 @@ def reduce_layer(
     prompt: CapturedPrompt,
     layer_idx: int,
 ) -> Reduced:
-    """One layer's context in ``plan.reduced_blocks`` blocks."""
-    layer = prompt.layers[layer_idx]
+    """One captured layer's context in ``plan.reduced_blocks`` blocks."""
+    captured = prompt.layers[layer_idx]
+    layer = PromptLayer(
+        queries=captured.queries[:, :, : -len(prompt.answer)],
+        keys=captured.keys[:, : prompt.prompt_len],
+        values=captured.values[:, : prompt.prompt_len],
+        scale=captured.scale,
+        layer_idx=layer_idx,
+        cos_sin=prompt.cos_sin,
+    )
+    return reduce_prompt(policy, method, plan, layer, policy.config.seed)
+
+
+def reduce_prompt(
+    policy: SpindlePolicy, method: MethodName, plan: BandPlan, layer: PromptLayer, seed: int
+) -> Reduced:
+    """One layer's context in ``plan.reduced_blocks`` blocks. seed: of the random score.
+
+    Raises:
+        ValueError: if a codebook is to merge keys that no plain rotation turned.
+    """
     num_context = plan.tail_block * policy.block_size
     if not plan.is_reduced:
-        return Reduced(
-            dense(layer.keys[:, :num_context], layer.values[:, :num_context]), num_context
-        )
+        everything = torch.arange(num_context).expand(layer.keys.shape[0], -1)
+        context = dense(layer.keys[:, :num_context], layer.values[:, :num_context])
+        return Reduced(context, num_context, everything)
+    config = policy.config
+    rule = ChoiceRule(config.score, config.pool_kernel, config.gqa, seed)
+    queries = layer.queries[:, :, -config.window :]
+
+    def rank(num_kept: int) -> Tensor:
+        counts = {"num_context": num_context, "num_kept": num_kept}
+        return rank_context(rule, queries, layer.keys, scale=layer.scale, **counts)
+
     if method == "evict":
-        num_kept = plan.reduced_blocks * policy.block_size
-        kept = _rank(policy, prompt, layer_idx, num_context, num_kept)
-        context = dense(gather_kept(layer.keys, kept), gather_kept(layer.values, kept))
-        return Reduced(context, num_context)
+        kept = _sorted(rank(plan.reduced_blocks * policy.block_size // _num_copies(policy)))
+        heads = torch.arange(layer.keys.shape[0])
+        heads = heads if kept.dim() == 2 else heads.repeat_interleave(kept.shape[1])
+        kept = kept.view(len(heads), -1)
+        context = dense(
+            gather_kept(layer.keys[heads], kept), gather_kept(layer.values[heads], kept)
+        )
+        return Reduced(context, num_context, kept)
     head_size = layer.keys.shape[-1]
-    shape = codebook_shape(policy.config, method, plan, policy.block_size, head_size)
+    shape = codebook_shape(config, method, plan, policy.block_size, head_size)
     if shape.num_tokens == 0:
-        return Reduced(dense(layer.keys[:, :0], layer.values[:, :0]), num_context)
-    positions = torch.arange(num_context)
+        nothing = torch.zeros(layer.keys.shape[0], 0, dtype=torch.int64)
+        return Reduced(dense(layer.keys[:, :0], layer.values[:, :0]), num_context, nothing)
+    if layer.cos_sin is None:
+        raise ValueError(f"method {method!r}: the keys are not turned by a plain rotation")
     heads = admit_layer(
-        unrotate_keys(layer.keys[:, :num_context], positions, prompt.cos_sin),
+        unrotate_keys(layer.keys[:, :num_context], torch.arange(num_context), layer.cos_sin),
         layer.values[:, :num_context],
-        _rank(policy, prompt, layer_idx, num_context, num_context),
-        (policy.config.theta_key, policy.config.theta_value),
+        rank(num_context),
+        (config.theta_key, config.theta_value),
         (shape.num_key_entries, shape.num_value_entries, shape.num_tokens),
     )
     num_refused = sum(head.num_refused for head in heads)
-    context = _context(heads, prompt.cos_sin)
-    return Reduced(context, num_context, num_refused / (len(heads) * num_context))
+    overflow = num_refused / (len(heads) * num_context)
+    positions = pad_sequence([head.tokens for head in heads], batch_first=True)
+    return Reduced(_context(heads, layer.cos_sin), num_context, positions, overflow)
 
 
 def dense(keys: Tensor, values: Tensor) -> Context:
@@ -117,22 +155,12 @@ def _shares(vectors: Tensor, scope: ScopeName, threshold: float) -> tuple[float,
     return tuple(len(book.entries) / len(book.codes) for book in books)
 
 
-def _rank(
-    policy: SpindlePolicy,
-    prompt: CapturedPrompt,
-    layer_idx: int,
-    num_context: int,
-    num_kept: int,
-) -> Tensor:
-    layer, config = prompt.layers[layer_idx], policy.config
-    return rank_context(
-        ChoiceRule(config.score, config.pool_kernel, config.gqa, config.seed),
-        layer.queries[:, :, : -len(prompt.answer)],
-        layer.keys[:, : prompt.prompt_len],
-        scale=layer.scale,
-        num_context=num_context,
-        num_kept=num_kept,
-    )
+def _num_copies(policy: SpindlePolicy) -> int:
+    return policy.num_queries_per_kv if policy.config.gqa == "unfold" else 1
+
+
+def _sorted(positions: Tensor) -> Tensor:
+    return positions.sort(dim=-1).values
 
 
 def _context(heads: Sequence[Admitted], cos_sin: Tensor) -> Context:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 ScoreName = Literal["pooled", "paper", "random"]
 
+QUERIES_AT_ONCE = 256  # rows of the attention matrix that are there at a time
+
 
 def window_attention(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
     """Attention that the window's queries pay to each token, summed over the window.
@@ -81,3 +83,55 @@ def random_importance(
     """Uniform scores: the baseline that any method must beat. [K, G, C], float32."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(num_kv_heads, group, num_context, generator=generator).to(device)
+
+
+def received_attention(
+    queries: Tensor,
+    keys: Tensor,
+    scale: float,
+    *,
+    first_position: int,
+    min_distance: int = 0,
+    weights: Tensor | None = None,
+    reduction: Literal["sum", "max"] = "sum",
+) -> Tensor:
+    """Attention that each token receives from Q queries, as a sum or a maximum over them.
+
+    A prompt may come in chunks: sums of chunks add up, maxima of chunks have their maximum, as
+    causal attention never sees a later chunk.
+
+    Args:
+        queries: rotated queries of the tokens from ``first_position`` on. [K, G, Q, D].
+        keys: rotated keys of T tokens. [K, T, D].
+        scale: softmax scale.
+        first_position: of the first query. At T or later all tokens are in its past.
+        min_distance: attention over a shorter distance does not count, though it takes its part of
+            the softmax: what a token's own sentence looks at says little about later use.
+        weights: of each query; None for 1. [Q].
+        reduction: over queries.
+
+    Returns:
+        [K, G, T], float32; 0 where nothing counts.
+    """
+    num_kv_heads, group, num_queries, head_size = queries.shape
+    num_tokens = keys.shape[1]
+    transposed = keys.float().transpose(1, 2)
+    places = torch.arange(num_tokens, device=keys.device)
+    received = torch.zeros(num_kv_heads, group, num_tokens, device=keys.device)
+    for start in range(0, num_queries, QUERIES_AT_ONCE):
+        part = queries[:, :, start : start + QUERIES_AT_ONCE]
+        rows = torch.arange(part.shape[2], device=keys.device) + first_position + start
+        distance = rows[:, None] - places
+        flat = (part.float() * scale).reshape(num_kv_heads, -1, head_size)
+        logits = torch.bmm(flat, transposed).view(*part.shape[:3], num_tokens)
+        logits.masked_fill_(distance < 0, float("-inf"))
+        attention = torch.softmax(logits, dim=-1)
+        if min_distance > 0:
+            attention.masked_fill_(distance < min_distance, 0)
+        if weights is not None:
+            attention *= weights[start : start + QUERIES_AT_ONCE, None]
+        if reduction == "sum":
+            received += attention.sum(dim=2)
+        else:
+            received = torch.maximum(received, attention.amax(dim=2))
+    return received

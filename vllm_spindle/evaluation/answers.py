@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from vllm_spindle.baselines import make_method
+from vllm_spindle.baselines.base import NUM_FUTURE
 from vllm_spindle.calibration.capture import rotary_table
 from vllm_spindle.hf_layers import QueryCache, enable
 
@@ -92,7 +93,9 @@ class Answerer:
         twice = self._method.reads_twice
         if twice:
             self._read(cache, prompt_ids)
-        layers = cache.prompt(self._rotary(len(prompt_ids)), len(prompt_ids) if twice else 0)
+        layers = cache.prompt(
+            self._rotary(len(prompt_ids) + NUM_FUTURE), len(prompt_ids) if twice else 0
+        )
         cache.reduce(self._method.reduce(layers, self._byte_ratio))
         self.true_bytes = cache.true_bytes or 0
         self.full_bytes = sum(layer.full_bytes for layer in layers)

@@ -1,0 +1,81 @@
+"""SpindleKV in transformers: the tokens and codebooks that the engine keeps, without a server.
+
+    enable(model)
+    cache = SpindleCache(model.config, SpindleConfig(keep_ratio=0.25))
+    model.generate(input_ids, past_key_values=cache)
+
+The prompt is read whole and reduced at its end; what follows, answers and further questions, is
+kept. The engine's twin in tests, and the way to a reduced cache where there is no server. One
+prompt at a time.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from vllm_spindle.baselines.spindle import DEFAULT_BLOCK_SIZE, make_policy, reduce_by_plan
+from vllm_spindle.config import SpindleConfig
+from vllm_spindle.hf_layers import QueryCache, QueryLayer, enable
+
+__all__ = ["SpindleCache", "enable"]
+
+
+class SpindleCache(QueryCache):
+    """A transformers cache that SpindleKV reduces once the prompt has been read.
+
+    Positions go on from the prompt's true length, whatever is left of it.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        options: SpindleConfig,
+        *,
+        prompt_len: int | None = None,
+        block_size: int = DEFAULT_BLOCK_SIZE,
+        cos_sin: Tensor | None = None,
+    ) -> None:
+        """An empty cache.
+
+        Args:
+            config: of a model that passed ``enable``.
+            options: the engine's dials.
+            prompt_len: tokens to reduce, which may come in chunks; None for all of the first call.
+            block_size: tokens per block: the budget is whole blocks, as in the engine.
+            cos_sin: rotary table of the prompt's positions, see ``core/rotary.py``; a codebook
+                needs it, eviction does not. [P, D].
+
+        Raises:
+            ValueError: if the model's attention does not pass through ours, or a codebook lacks
+                its table.
+        """
+        if options.merges and cos_sin is None:
+            raise ValueError("a codebook needs cos_sin; see calibration.capture.rotary_table")
+        self._options, self._prompt_len = options, prompt_len
+        self._block_size, self._cos_sin = block_size, cos_sin
+        self._num_layers = config.get_text_config(decoder=True).num_hidden_layers
+        super().__init__(config)
+
+    def make_layer(self, layer_idx: int) -> QueryLayer:
+        return _SpindleLayer(self, layer_idx)
+
+    def reduce_layer(self, layer_idx: int) -> None:
+        """Reduce one layer if its prompt is there."""
+        layer: QueryLayer = self.layers[layer_idx]
+        if layer.num_seen < (self._prompt_len or 0):
+            return
+        prompt = layer.prompt(layer_idx, self._cos_sin)
+        policy = make_policy(self._options, self._block_size, self._num_layers, prompt.queries)
+        band = policy.band_of_layer(layer_idx)
+        layer.reduce(reduce_by_plan(policy, band, policy.plan(prompt.num_tokens)[band], prompt))
+
+
+class _SpindleLayer(QueryLayer):
+    """Tells its cache when the newest tokens have been attended."""
+
+    def __init__(self, cache: SpindleCache, layer_idx: int) -> None:
+        super().__init__()
+        self._cache, self._layer_idx = cache, layer_idx
+
+    def attended(self) -> None:
+        self._cache.reduce_layer(self._layer_idx)

@@ -218,7 +218,13 @@ def _step(
         generator.manual_seed(random.Random(_seed(run, stage, step, "noise")).getrandbits(60))
         progress = step / max(1, recipe.num_steps - 1)
         return stages.stage2_step(
-            run.model, scorer, samples, run.recipe.stage2, progress=progress, generator=generator
+            run.model,
+            scorer,
+            samples,
+            run.recipe.stage2,
+            progress=progress,
+            generator=generator,
+            guide=(run.recipe.stage1, run.guide_layer),
         )
 
 

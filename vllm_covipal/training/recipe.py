@@ -106,6 +106,11 @@ class Stage2Recipe(StageRecipe):
         description="logistic noise on the scores, in units of the temperature: a token that is "
         "half kept is there in one step and not in the next, so that halves cost",
     )
+    label_weight: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="of stage 1's loss beside the language model's: it holds the order of tokens "
+        "that the answer does not hang on, which is arbitrary otherwise",
+    )
 
 
 class TrainRecipe(Section):

@@ -125,6 +125,7 @@ def stage2_step(
     *,
     progress: float,
     generator: torch.Generator,
+    guide: tuple[Stage1Recipe, int],
 ) -> Outcome:
     """End to end: the language model's loss on the answers, under a soft mask in every layer.
 
@@ -133,6 +134,7 @@ def stage2_step(
         scorer: the module.
         samples: encoded.
         recipe: stage 2's.
+        guide: stage 1's recipe and guide layer, for ``label_weight``.
         progress: 0 at the first step, 1 at the last.
         generator: of budgets and noise, on the CPU.
     """
@@ -171,7 +173,12 @@ def stage2_step(
         "hard_soft_overlap": _mean(overlaps),
         "token_accuracy": float((logits.argmax(-1) == targets).float().mean()),
     }
-    return Outcome(lm + weight * budget, shown)
+    loss = lm + weight * budget
+    if recipe.label_weight:
+        labels = label_loss(model, batch, scored, *guide)
+        loss = loss + recipe.label_weight * labels.loss
+        shown |= labels.shown
+    return Outcome(loss, shown)
 
 
 def stage2_positions(batch: Batch, key_bias: Tensor, recipe: Stage2Recipe) -> Tensor:

@@ -102,6 +102,18 @@ def test_other_masks_train(tmp_path: Path, mask: str, noise: float) -> None:
     assert not torch.equal(module.state_dict()[name], start[name])
 
 
+def test_stage_2_can_hold_on_to_the_labels(tmp_path: Path) -> None:
+    """Stage 1's loss is shown and added at its weight; without one it is not computed."""
+    rows = {}
+    for name, weight in (("without", 0.0), ("with", 3.0)):
+        stage2 = {"num_steps": 1, "pictures": 2, "keep_ratio": [0.25], "label_weight": weight}
+        _train("llava", _recipe(tmp_path / name, stage1={"num_steps": 0}, stage2=stage2))
+        rows[name] = {k: float(v) for k, v in _curve(tmp_path / name / "stage2.csv")[0].items()}
+    assert "mse" not in rows["without"] and rows["with"]["mse"] > 0
+    added = rows["with"]["loss"] - rows["without"]["loss"]
+    assert added == pytest.approx(3 * rows["with"]["mse"], rel=1e-3)
+
+
 class Killed(Exception):
     """What a kill is to the run."""
 

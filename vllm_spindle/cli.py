@@ -28,6 +28,11 @@ COMMANDS = (
         "can this vLLM, model and flag set work, if not why",
     ),
     ("demo", "vllm_spindle.commands.demo", "a real vllm serve, stock against plugin, in numbers"),
+    (
+        "eval",
+        "vllm_spindle.commands.eval",
+        "what is lost: methods at equal true bytes, tasks, intervals",
+    ),
     ("bench", "vllm_spindle.commands.bench", "measurements, stock and plugin in one run"),
 )
 

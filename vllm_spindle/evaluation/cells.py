@@ -1,0 +1,131 @@
+"""The grid of an evaluation, and its files: one cell, one file, one line a sample.
+
+A run that is killed leaves whole lines and at most one broken one; the same command goes on from
+there. The samples of a cell are the same whatever else runs and however many are asked for.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+FULL = "full"
+SETTINGS = "settings.json"
+CELLS = "cells"
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One method at one budget on one kind of sample.
+
+    Attributes:
+        method: of ``baselines.METHODS``, or the name of what a server runs.
+        budget: share of the prompt's true bytes; 1 for full KV.
+        protocol: of ``protocols.PROTOCOLS``.
+        task: of ``tasks.FAMILIES``.
+        prompt_tokens: length of the prompts.
+        seed: of the samples, and of methods that draw.
+    """
+
+    method: str
+    budget: float
+    protocol: str
+    task: str
+    prompt_tokens: int
+    seed: int
+
+    @property
+    def file_name(self) -> str:
+        """Of the cell's lines."""
+        method = re.sub(r"[^\w]", "_", self.method)
+        parts = (method, f"{self.budget:g}", self.protocol, self.task, self.prompt_tokens)
+        return "-".join(map(str, (*parts, self.seed))) + ".jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """What became of one sample.
+
+    Attributes:
+        index: of the sample in its cell.
+        rights: one a question, [0, 1].
+        depth: of the first question's needle, or None.
+        true_bytes, full_bytes: of the prompt's cache; None from a server.
+        said: the answers.
+    """
+
+    index: int
+    rights: list[float]
+    depth: float | None
+    true_bytes: int | None
+    full_bytes: int | None
+    said: list[str]
+
+    @property
+    def right(self) -> float:
+        """Mean of the questions. [0, 1]."""
+        return sum(self.rights) / len(self.rights)
+
+
+def grid(
+    methods: Sequence[str],
+    budgets: Sequence[float],
+    protocols: Sequence[str],
+    tasks: Sequence[str],
+    lengths: Sequence[int],
+    seeds: Iterable[int],
+) -> list[Cell]:
+    """Every combination once; full KV has no budget. Full KV first: it says which tasks count."""
+    kinds = list(product(protocols, tasks, lengths, list(seeds)))
+    columns = [(FULL, 1.0)] if FULL in methods else []
+    columns += [(m, budget) for budget in budgets for m in methods if m != FULL]
+    return [Cell(method, budget, *kind) for method, budget in columns for kind in kinds]
+
+
+def read_lines(path: Path) -> list[Line]:
+    """The whole lines of a cell's file; none if there is no file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    whole = text[: text.rfind("\n") + 1]
+    return [Line(**json.loads(line)) for line in whole.splitlines()]
+
+
+def cut_broken_line(path: Path) -> None:
+    """Leave only whole lines in the file, if there is one."""
+    if path.exists():
+        data = path.read_bytes()
+        end = data.rfind(b"\n") + 1
+        if end < len(data):
+            with path.open("r+b") as file:
+                file.truncate(end)
+
+
+def append_line(path: Path, line: Line) -> None:
+    """One line more, on disk before this returns."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(line)) + "\n")
+
+
+def open_folder(folder: Path, settings: dict[str, Any]) -> None:
+    """Make the folder, or check that what it holds was made with the same settings.
+
+    Raises:
+        ValueError: if it was not.
+    """
+    (folder / CELLS).mkdir(parents=True, exist_ok=True)
+    path = folder / SETTINGS
+    if not path.exists():
+        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in settings.items():
+        if before.get(name) != value:
+            raise ValueError(
+                f"--out {folder} holds results with {name} {before.get(name)!r}, this command "
+                f"has {value!r}; give another folder"
+            )

@@ -1,6 +1,7 @@
 """What the user may set: one pydantic model, one field per dial, unknown keys refused."""
 
 import difflib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,8 +19,24 @@ from typing_extensions import Self
 KEEP_RATIO_KEY = "spindle_keep_ratio"
 """Per-request override, in ``vllm_xargs`` (HTTP) or ``SamplingParams.extra_args``."""
 
+PROTECTED_PREFIX_KEY = "spindle_protected_prefix_tokens"
+"""Per-request override of ``protected_prefix_tokens``, in the same place."""
+
 
 MethodName = Literal["evict", "merge", "both"]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOptions:
+    """What a request sets for itself; None for the server's.
+
+    Attributes:
+        keep_ratio: (0, 1].
+        protected_prefix_tokens: 0 for none.
+    """
+
+    keep_ratio: float | None = None
+    protected_prefix_tokens: int | None = None
 
 
 class SpindleConfig(BaseModel):
@@ -33,7 +50,8 @@ class SpindleConfig(BaseModel):
     keep_ratio: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0,
         description="share of each prompt's KV bytes kept over all layers, counted against the "
-        "model's true GQA cache, whole blocks, padding included",
+        "model's true GQA cache, whole blocks, padding included; of what follows a "
+        "protected prefix",
     )
     method: MethodName = Field(
         "evict",
@@ -88,12 +106,25 @@ class SpindleConfig(BaseModel):
     min_prompt_len: Annotated[int, Field(ge=0)] = Field(
         128, description="prompts shorter than this many tokens are kept whole"
     )
+    protected_prefix_tokens: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        0,
+        description="first prompt tokens that every band keeps whole, so that requests share their "
+        "blocks (a system prompt); 'auto' finds prefixes from which prompts have branched off",
+    )
     reduce_share: Annotated[float, Field(gt=0, le=16)] = Field(
         1.0,
         description="prompt tokens reduced in one engine step, over the tokens that a step may "
         "compute (max_num_batched_tokens); the rest waits for the next steps",
     )
     seed: int = Field(0, description="seed of the 'random' baseline")
+
+    @field_validator("protected_prefix_tokens", mode="before")
+    @classmethod
+    def _length_or_auto(cls, value: Any) -> Any:
+        is_length = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        if not is_length and value != "auto":
+            raise ValueError("must be a number of tokens, 0 or more, or 'auto'")
+        return value
 
     @field_validator("pool_kernel")
     @classmethod
@@ -167,6 +198,19 @@ def parse_keep_ratio(value: Any) -> float:
     if not 0 < value <= 1:
         raise ValueError(f"{KEEP_RATIO_KEY} must be in (0, 1], got {value}")
     return float(value)
+
+
+def parse_protected_prefix(value: Any) -> int:
+    """A per-request protected prefix, in tokens.
+
+    Raises:
+        ValueError: if it is not a whole number, 0 or more.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+        raise ValueError(f"{PROTECTED_PREFIX_KEY} must be a whole number of tokens, got {value!r}")
+    if value < 0:
+        raise ValueError(f"{PROTECTED_PREFIX_KEY} must be 0 or more, got {value}")
+    return int(value)
 
 
 def _read_yaml(path: Path) -> Any:

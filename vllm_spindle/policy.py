@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
-from vllm_spindle.config import MethodName, SpindleConfig
+from vllm_spindle.config import MethodName, RequestOptions, SpindleConfig
 from vllm_spindle.core.bands import default_num_bands, split_layers, usable_num_bands
 from vllm_spindle.core.budget import BandPlan, plan_prompt, shareable_blocks
 from vllm_spindle.core.pacing import ReductionQueue
+
+SERVERS = RequestOptions()
+"""A request that sets nothing for itself."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,11 @@ class SpindlePolicy:
         methods = self.config.band_methods
         return self.config.method if methods is None else methods[band]
 
-    def shareable(self, prompt_len: int, keep_ratio: float | None) -> tuple[int | None, ...]:
+    def shareable(
+        self, prompt_len: int, options: RequestOptions = SERVERS
+    ) -> tuple[int | None, ...]:
         """Blocks from the row's start that the prefix cache may know, per band; None for all."""
-        plans = self.plan(prompt_len, keep_ratio)
+        plans = self.plan_request(prompt_len, options)
         return shareable_blocks(plans, prompt_len, self.block_size)
 
     def visual_share(self, band: int) -> float:
@@ -83,9 +88,17 @@ class SpindlePolicy:
             prompt_len: prompt tokens.
             keep_ratio: the request's own, (0, 1]; None for the configured one.
         """
+        return self.plan_request(prompt_len, RequestOptions(keep_ratio))
+
+    def plan_request(self, prompt_len: int, options: RequestOptions) -> tuple[BandPlan, ...]:
+        """The plan of a request's prompt, one entry per band."""
+        keep_ratio, protected = options.keep_ratio, options.protected_prefix_tokens
         if keep_ratio is None:
             keep_ratio = self.config.keep_ratio
-        return _plan(self, prompt_len, keep_ratio)
+        if protected is None:
+            configured = self.config.protected_prefix_tokens
+            protected = 0 if configured == "auto" else configured
+        return _plan(self, prompt_len, keep_ratio, min(protected, prompt_len))
 
 
 def _num_bands(config: SpindleConfig) -> int | None:
@@ -98,7 +111,9 @@ def _bands(num_layers: int, num_bands: int | None) -> tuple[range, ...]:
 
 
 @lru_cache(maxsize=16384)
-def _plan(policy: SpindlePolicy, prompt_len: int, keep_ratio: float) -> tuple[BandPlan, ...]:
+def _plan(
+    policy: SpindlePolicy, prompt_len: int, keep_ratio: float, protected_tokens: int
+) -> tuple[BandPlan, ...]:
     config = policy.config
     return plan_prompt(
         prompt_len,
@@ -111,4 +126,5 @@ def _plan(policy: SpindlePolicy, prompt_len: int, keep_ratio: float) -> tuple[Ba
         shape=config.budget,
         unit_blocks=policy.num_queries_per_kv if config.gqa == "unfold" else 1,
         min_prompt_len=config.min_prompt_len,
+        protected_tokens=protected_tokens,
     )

@@ -13,6 +13,7 @@ MAX_ERROR = 1.5e-2
 MODES = {
     "both": {"method": "both"},
     "merge": {"method": "merge", "budget": "uniform"},
+    "prefix": {"method": "both", "protected_prefix_tokens": 200},
     "mixed": {"band_methods": ["merge", "both", "evict"], "theta_key": 0.9, "key_share": 0.25},
 }
 PROMPT_LENS = [1500, 1024, 801, 300, 95]

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_spindle.config import SpindleConfig
+from vllm_spindle.config import RequestOptions, SpindleConfig
 from vllm_spindle.policy import SpindlePolicy
 
 pytestmark = pytest.mark.engine
@@ -94,7 +94,7 @@ def test_decode_allocates_at_the_natural_index(pool: Any) -> None:
 def test_a_request_follows_its_own_ratio(pool: Any) -> None:
     """The shared table of ratios decides per request; 1.0 keeps every block."""
     manager = _manager(pool)
-    manager.share_keep_ratios({"half": 0.5, "all": 1.0})
+    manager.share_options({"half": RequestOptions(0.5), "all": RequestOptions(1.0)})
     for request_id, keep_ratio in (("r", None), ("half", 0.5), ("all", 1.0)):
         manager.allocate_new_blocks(request_id, PROMPT_LEN, PROMPT_LEN)
         manager.remove_skipped_blocks(request_id, PROMPT_LEN, PROMPT_LEN)

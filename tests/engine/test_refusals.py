@@ -154,6 +154,7 @@ OPTIONS: dict[str, tuple[Any, list[str]]] = {
     "typo": ({"kep_ratio": 0.5}, ["unknown key 'kep_ratio'", "did you mean 'keep_ratio'"]),
     "even-pool": (ON | {"pool_kernel": 4}, ["pool_kernel=4", "must be odd"]),
     "unknown-mode": (ON | {"gqa": "max"}, ["gqa='max'", "'union', 'mean' or 'unfold'"]),
+    "prefix": (ON | {"protected_prefix_tokens": -1}, ["protected_prefix_tokens=-1", "or 'auto'"]),
     "no-file": ("configs/none.yaml", ["cannot read", "configs/none.yaml", "JSON object"]),
     "no-mapping": (0.25, ["expected a mapping", "float 0.25"]),
     "codebook-of-copies": (
@@ -222,6 +223,8 @@ def configure(model: str, folder: str) -> dict[str, Any]:
     codebooks, half = ON | {"method": "both"}, {"dtype": "float16"}
     found["half"] = try_config("half", ON, half, stock_config)
     found["half-codebooks"] = try_config("half-codebooks", codebooks, half, stock_config)
+    auto = ON | {"protected_prefix_tokens": "auto"}
+    found["auto-no-caching"] = try_config("auto-no-caching", auto, no_caching, stock_config)
     found["on"] = try_config("on", ON, {}, stock_config)
     found["on-no-caching"] = try_config("on-no-caching", ON, no_caching, stock_config)
     found["on-yaml"] = try_config("on-yaml", str(yaml), no_caching, stock_config)
@@ -295,6 +298,13 @@ def test_a_flag_is_refused(found: dict[str, Any], case: str) -> None:
     assert refused["error"] == "ValueError"
     assert len(refused["message"].splitlines()) == 1
     _assert_says(refused["message"], ["spindle does not support", *FLAGS[case][2]])
+
+
+def test_auto_needs_the_prefix_cache(found: dict[str, Any]) -> None:
+    """Prefixes that recur are known by the cache's hashes."""
+    refused = found["auto-no-caching"]
+    assert refused["error"] == "ValueError"
+    _assert_says(refused["message"], ["protected_prefix_tokens=auto", "--no-enable-prefix-caching"])
 
 
 def test_codebooks_are_refused_in_another_dtype(found: dict[str, Any]) -> None:

@@ -19,6 +19,8 @@ BAD = {
     "text": {"spindle_keep_ratio": "0.5"},
     "boolean": {"spindle_keep_ratio": True},
     "list": {"spindle_keep_ratio": [0.5]},
+    "negative-prefix": {"spindle_protected_prefix_tokens": -1},
+    "half-a-token": {"spindle_protected_prefix_tokens": 0.5},
     "unknown-key": {"spindle_window": 16},
     "resumable": {},
 }
@@ -176,7 +178,12 @@ def test_a_bad_request_is_refused_at_admission(found: dict[str, Any], case: str)
     """VLLMValidationError (HTTP 400) naming the parameter; the engine serves on."""
     refused = found["bad"][case]
     assert refused["error"] == "VLLMValidationError"
-    expected = {"unknown-key": "spindle_window", "resumable": "resumable"}
+    expected = {
+        "unknown-key": "spindle_window",
+        "resumable": "resumable",
+        "negative-prefix": "spindle_protected_prefix_tokens",
+        "half-a-token": "spindle_protected_prefix_tokens",
+    }
     assert refused["parameter"] == expected.get(case, "spindle_keep_ratio")
     if case not in expected:
         assert "(0, 1]" in refused["message"]

@@ -16,6 +16,9 @@ MODES = {
 }
 # A band for every layer, and a window that is no whole block.
 MODES["layer-bands"] = {"num_bands": 6, "budget": "uniform", "window": 48}
+# A prefix that every band keeps, off the block grid; with a copy for each query head, too.
+MODES["prefix"] = {"protected_prefix_tokens": 200}
+MODES["prefix-unfold"] = {"protected_prefix_tokens": 96, "gqa": "unfold", "budget": "uniform"}
 # Off the block grid, on it, one over; and one too short to be reduced.
 PROMPT_LENS = [1500, 1024, 801, 300, 95]
 LONGEST = PROMPT_LENS[0]

@@ -32,11 +32,16 @@ class Ask:
     max_tokens: int = 16
     keep_ratio: float | None = None
     fields: dict[str, Any] | None = None
+    protected: int | None = None
 
     @property
     def params(self) -> SamplingParams:
         """Greedy unless ``fields`` say otherwise; never ended by a token."""
-        own = {} if self.keep_ratio is None else {"spindle_keep_ratio": self.keep_ratio}
+        own = {
+            "spindle_keep_ratio": self.keep_ratio,
+            "spindle_protected_prefix_tokens": self.protected,
+        }
+        own = {key: value for key, value in own.items() if value is not None}
         fields = {
             "temperature": 0.0,
             "ignore_eos": True,

@@ -4,6 +4,7 @@ from collections import Counter
 from typing import Any
 
 from engine_probe.engines import Engine
+from vllm_spindle.engine.options import request_options
 from vllm_spindle.policy import SpindlePolicy
 
 MAX_REPORTED = 10
@@ -50,7 +51,7 @@ class PlanWatch:
     def _left_over(self) -> list[str]:
         """Requests that the adapters' own tables still know."""
         scheduler = self.engine.scheduler
-        known = [*scheduler._keep_ratios, *scheduler._reduced, *scheduler._queue.request_ids]
+        known = [*scheduler._options, *scheduler._reduced, *scheduler._queue.request_ids]
         worker = getattr(self.engine.core.model_executor, "driver_worker", None)
         reduction = getattr(getattr(worker, "worker", None), "_reduction", None)
         if reduction is not None:  # In another process with tensor parallel.
@@ -76,17 +77,17 @@ class PlanWatch:
             self._problem(request, f"a chunk of {scheduled} at {computed} crosses {prompt_len}")
         if computed + scheduled == prompt_len and request.num_tokens > prompt_len:
             self.counts["resumed_chunks_at_prompt_end"] += 1
-        own = (request.sampling_params.extra_args or {}).get("spindle_keep_ratio")
-        plans = self.policy.plan(prompt_len, own)
+        plans = self.policy.plan_request(prompt_len, request_options(request.sampling_params))
         is_past = computed >= prompt_len
         # Scheduled for nothing once its prompt is computed: its reduction goes on.
         is_held = is_past and scheduled == 0
         self.counts["held_steps"] += is_held
         for manager in self.engine.managers:
             plan = plans[manager.kv_cache_spec.band]
-            num_freed = plan.first_block if is_past and not is_held else 0
+            num_freed = plan.freed_blocks if is_past and not is_held else 0
             num_rows = -(-(computed + scheduled) // manager.block_size)
-            expected = [True] * num_freed + [False] * (num_rows - num_freed)
+            expected = [False] * num_rows
+            expected[plan.prefix_blocks : plan.prefix_blocks + num_freed] = [True] * num_freed
             blocks = manager.req_to_blocks[request.request_id]
             found = [block.is_null for block in blocks]
             if found != expected:

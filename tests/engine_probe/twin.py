@@ -156,7 +156,8 @@ def compare(
         prompt_len, keep_ratio = asks[request_id]
         band = policy.band_of_layer(layer_idx)
         plan = policy.plan(prompt_len, keep_ratio)[band]
-        layer = TwinLayer(*rows.joined(), num_context=plan.tail_block * policy.block_size)
+        ends = plan.prefix_blocks * policy.block_size, plan.tail_block * policy.block_size
+        layer = TwinLayer(*rows.joined(), num_protected=ends[0], num_context=ends[1])
         kept = layer.everything
         codebooks = seen.codebooks.get((request_id, layer_idx))
         if codebooks:
@@ -166,11 +167,12 @@ def compare(
             result.merged_error = max(result.merged_error, error)
             continue
         if plan.is_reduced:
-            kept = layer.core_choice(policy, prompt_len, plan.reduced_blocks)
+            chosen = layer.core_choice(policy, prompt_len, plan.reduced_blocks)
+            kept = layer.with_prefix(chosen)
             found = seen.kept[request_id, layer_idx]
             result.kept_layers += 1
             if policy.method_of_band(band) == "evict":  # else a region too small for a codebook
-                differ = not found or any(not torch.equal(kept, each) for each in found)
+                differ = not found or any(not torch.equal(chosen, each) for each in found)
                 result.kept_differ += differ
         first_row = max(0, prompt_len - NUM_PROMPT_ROWS)
         prompt_error = layer.error(layer.everything, first_row, prompt_len)
@@ -192,12 +194,18 @@ class TwinLayer:
     keys: Tensor
     values: Tensor
     outputs: Tensor
+    num_protected: int
     num_context: int
 
     @property
     def everything(self) -> Tensor:
         """All context positions, for every kv head."""
         return torch.arange(self.num_context).expand(self.keys.shape[1], -1)
+
+    def with_prefix(self, chosen: Tensor) -> Tensor:
+        """The protected positions, then the chosen ones."""
+        prefix = torch.arange(self.num_protected).expand(*chosen.shape[:-1], -1)
+        return torch.cat([prefix, chosen], dim=-1)
 
     @property
     def scale(self) -> float:
@@ -217,6 +225,7 @@ class TwinLayer:
             scale=self.scale,
             num_context=self.num_context,
             num_kept=reduced_blocks * policy.block_size // copies,
+            num_protected=self.num_protected,
         )
 
     def codebook_error(self, codebooks: Any, cos_sin: Tensor, prompt_len: int) -> float:
@@ -227,8 +236,10 @@ class TwinLayer:
             key_books,
             value_books,
             positions,
-            self.keys[self.num_context :],
-            self.values[self.num_context :],
+            *(
+                torch.cat([each[: self.num_protected], each[self.num_context :]])
+                for each in (self.keys, self.values)
+            ),
             cos_sin,
             scale=self.scale,
         )

@@ -29,6 +29,7 @@ class Case:
     beta: Fraction
     shape: str
     unit_blocks: int
+    protected_tokens: int = 0
 
     @property
     def band_layers(self) -> list[int]:
@@ -47,11 +48,21 @@ class Case:
             shape=self.shape,
             unit_blocks=self.unit_blocks,
             min_prompt_len=min_prompt_len,
+            protected_tokens=self.protected_tokens,
+        )
+
+    @property
+    def rest_len(self) -> int:
+        """Tokens after the protected prefix: what the ratio speaks of."""
+        tail = max(0, self.prompt_len - self.window) // self.block_size
+        return self.prompt_len - min(self.protected_tokens // self.block_size, tail) * (
+            self.block_size
         )
 
     def held_bytes(self, plan: tuple[BandPlan, ...]) -> int:
-        """Cost of a plan's blocks."""
-        return oracles.cache_bytes([p.held_blocks for p in plan], self.block_size, self.band_layers)
+        """Cost of a plan's blocks, a protected prefix apart."""
+        held = [p.held_blocks - p.prefix_blocks for p in plan]
+        return oracles.cache_bytes(held, self.block_size, self.band_layers)
 
 
 @st.composite
@@ -67,6 +78,7 @@ def cases(draw: st.DrawFn) -> Case:
         beta=draw(BETAS),
         shape=draw(st.sampled_from(["pyramid", "uniform"])),
         unit_blocks=draw(st.sampled_from([1, 1, 2, 4, 7])),
+        protected_tokens=draw(st.just(0) | st.integers(0, 6000)),
     )
 
 
@@ -75,9 +87,9 @@ def test_a_plan_holds_no_more_bytes_than_asked(case: Case, keep_ratio: Fraction)
     """Whole blocks and padding layers fit in the ratio's bytes, or only the window is held."""
     assume(keep_ratio < 1)
     plan = case.plan(keep_ratio)
-    allowed = keep_ratio * case.prompt_len * case.num_layers
-    if case.held_bytes(plan) > allowed:
-        assert {p.held_blocks for p in plan} == {p.prompt_blocks - p.tail_block for p in plan}
+    allowed = keep_ratio * case.rest_len * case.num_layers
+    if any(p.is_reduced for p in plan) and case.held_bytes(plan) > allowed:
+        assert {p.reduced_blocks for p in plan} == {0}
 
 
 @given(cases(), KEEP_RATIOS)
@@ -85,9 +97,9 @@ def test_a_plan_leaves_no_unit_unspent(case: Case, keep_ratio: Fraction) -> None
     """One unit more would not fit in the bytes, unless there is no context left to keep."""
     assume(keep_ratio < 1)
     plan = case.plan(keep_ratio)
-    room = [p.tail_block - p.reduced_blocks >= case.unit_blocks for p in plan]
+    room = [p.freed_blocks >= case.unit_blocks for p in plan]
     one_more = case.unit_blocks * case.block_size * max(case.band_layers)
-    allowed = keep_ratio * case.prompt_len * case.num_layers
+    allowed = keep_ratio * case.rest_len * case.num_layers
     assert not any(room) or case.held_bytes(plan) + one_more > allowed
 
 
@@ -97,7 +109,9 @@ def test_regions_lie_before_the_window(case: Case, keep_ratio: Fraction) -> None
     plan = case.plan(keep_ratio)
     assert len(plan) == case.num_bands
     for band in plan:
-        assert 0 <= band.first_block <= band.tail_block <= band.prompt_blocks
+        assert 0 <= band.prefix_blocks <= band.first_block <= band.tail_block
+        assert band.tail_block <= band.prompt_blocks
+        assert not band.is_reduced or band.prefix_blocks == case.protected_tokens // case.block_size
         assert band.prompt_blocks == math.ceil(Fraction(case.prompt_len, case.block_size))
         first_of_window = max(0, case.prompt_len - case.window)
         assert band.tail_block == first_of_window // case.block_size
@@ -141,7 +155,7 @@ def test_short_prompts_are_kept_whole(
 ) -> None:
     """A prompt within its window, or below the minimum, frees nothing; else the minimum is idle."""
     plan = case.plan(keep_ratio, min_prompt_len)
-    if case.prompt_len <= case.window or case.prompt_len < min_prompt_len:
+    if case.prompt_len <= case.window or case.rest_len < min_prompt_len:
         assert not any(band.is_reduced for band in plan)
     else:
         assert plan == case.plan(keep_ratio)

@@ -69,6 +69,9 @@ def run(args: argparse.Namespace) -> int:
             "--gqa=unfold: is measured beside whatever is chosen, and cannot be served with "
             "codebooks; use union or mean"
         )
+    # Measured without: a prefix is kept as it is, whatever is chosen for the rest.
+    protected = {"protected_prefix_tokens": base.protected_prefix_tokens}
+    base = base.model_copy(update={"protected_prefix_tokens": 0})
     geometry = read_geometry(args.model)
     key_shares = KEY_SHARES if args.key_share is None else (base.key_share,)
     policies = [
@@ -78,7 +81,13 @@ def run(args: argparse.Namespace) -> int:
     source, prompts = _read(args)
     _check_lengths(prompts, geometry, args.new_tokens, policies[0])
     config, report = calibrate(args.model, args.dtype, prompts, policies, args.new_tokens)
-    report = {"model": args.model, "source": source, **report}
+    config = config.model_copy(update=protected)
+    report = {
+        "model": args.model,
+        "source": source,
+        **report,
+        "config": config.model_dump(mode="json"),
+    }
     if args.out:
         from vllm_spindle.calibration.plan_file import plan_text
 

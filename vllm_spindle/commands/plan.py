@@ -51,6 +51,7 @@ class BandRow:
         window_tokens: last tokens of the prompt, always kept, natural order: the window, and
             what shares its first block.
         held_blocks, freed_blocks: of the band's KV-cache group.
+        protected_tokens: of the protected prefix, held whole, its blocks shared by who has it.
         held_bytes, full_bytes: whole blocks, the last one's empty places included.
         codebook: what the region is made of where it is no plain tokens.
     """
@@ -61,6 +62,7 @@ class BandRow:
     window_tokens: int
     held_blocks: int
     freed_blocks: int
+    protected_tokens: int
     held_bytes: int
     full_bytes: int
     codebook: CodebookRow | None
@@ -79,7 +81,7 @@ def codebook_row(
     entry_bytes = len(layers) * num_heads * entries * head_size * ELEMENT_BYTES
     code_bytes = len(layers) * num_heads * shape.num_tokens * sum(ARRAY_ELEMENTS) * ELEMENT_BYTES
     paper = paper_ratio(
-        num_tokens=plan.tail_block * policy.block_size * num_heads,
+        num_tokens=plan.context_blocks * policy.block_size * num_heads,
         num_kept=shape.num_tokens * num_heads,
         num_key_entries=shape.num_key_entries * num_heads,
         num_value_entries=shape.num_value_entries * num_heads,
@@ -93,7 +95,7 @@ def codebook_row(
         entry_bytes=entry_bytes,
         code_bytes=code_bytes,
         padding_bytes=plan.reduced_blocks * layer_bytes * len(layers) - entry_bytes - code_bytes,
-        true_ratio=plan.reduced_blocks / plan.tail_block,
+        true_ratio=plan.reduced_blocks / plan.context_blocks,
         paper_ratio=float(paper),
     )
 
@@ -114,7 +116,8 @@ def band_row(
         region_tokens=region_tokens if codebook is None else codebook.merged_tokens,
         window_tokens=prompt_len - plan.tail_block * policy.block_size,
         held_blocks=plan.held_blocks,
-        freed_blocks=plan.first_block,
+        freed_blocks=plan.freed_blocks,
+        protected_tokens=plan.prefix_blocks * policy.block_size,
         held_bytes=plan.held_blocks * block_bytes,
         full_bytes=plan.prompt_blocks * block_bytes,
         codebook=codebook,
@@ -157,6 +160,12 @@ def _notes(
     policy: SpindlePolicy, geometry: ModelGeometry, plans: tuple[BandPlan, ...], prompt_len: int
 ) -> list[str]:
     config, notes = policy.config, []
+    protected = config.protected_prefix_tokens
+    if protected == "auto":
+        notes.append("a prefix found by 'auto' is not known before the traffic: planned without")
+        protected = 0
+    elif plans[0].prefix_blocks:
+        notes.append(_protected_note(policy, geometry, plans))
     if len({len(layers) for layers in policy.bands}) > 1:
         sizes = ", ".join(str(len(layers)) for layers in policy.bands)
         notes.append(
@@ -165,6 +174,8 @@ def _notes(
         )
     if not config.is_on:
         notes.append("keep_ratio is 1.0: spindle is off and the cache is stock")
+    elif protected and not any(plan.is_reduced for plan in plans):
+        notes.append(f"what follows the protected prefix of {protected} tokens is kept whole")
     elif prompt_len < config.min_prompt_len:
         notes.append(f"prompts under min_prompt_len={config.min_prompt_len} tokens are kept whole")
     elif all(plan.tail_block == 0 for plan in plans):
@@ -174,6 +185,17 @@ def _notes(
     if config.is_on and config.merges and geometry.dtype != "bfloat16":
         notes.append(f"codebook bands are served in bfloat16, not in {geometry.dtype}")
     return notes
+
+
+def _protected_note(
+    policy: SpindlePolicy, geometry: ModelGeometry, plans: tuple[BandPlan, ...]
+) -> str:
+    num_tokens = plans[0].prefix_blocks * policy.block_size
+    num_bytes = num_tokens * geometry.token_bytes * geometry.num_layers
+    return (
+        f"{num_tokens} tokens of protected prefix ({num_bytes // 1024:,} KiB) are held whole on top "
+        "of keep_ratio, which speaks of the rest; requests that share the prefix share these blocks"
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

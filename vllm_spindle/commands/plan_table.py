@@ -16,7 +16,7 @@ def print_plan(model: str, report: dict[str, Any]) -> None:
         highlight=False,
     )
     table = Table(
-        caption="tokens: chosen by score (or merged) + recent; bytes: true GQA cache, "
+        caption="tokens: protected (if any) + chosen by score (or merged) + recent; bytes: true GQA cache, "
         f"{geometry['num_layers']} layers x {geometry['num_kv_heads']} kv heads x "
         f"{geometry['head_size']} x 2, {geometry['dtype']}",
     )
@@ -33,7 +33,7 @@ def print_plan(model: str, report: dict[str, Any]) -> None:
     for row in report["bands"]:
         table.add_row(
             f"{row['first_layer']}-{row['last_layer']}",
-            f"{row['region_tokens']} + {row['window_tokens']}",
+            _tokens(row),
             str(row["held_blocks"]),
             str(row["freed_blocks"]),
             _kib(row["held_bytes"]),
@@ -94,6 +94,13 @@ def _codebooks(report: dict[str, Any]) -> Table:
                 f"{book['paper_ratio']:.3f}",
             )
     return table
+
+
+def _tokens(row: dict[str, Any]) -> str:
+    parts = [row["region_tokens"], row["window_tokens"]]
+    if row["protected_tokens"]:
+        parts.insert(0, row["protected_tokens"])
+    return " + ".join(map(str, parts))
 
 
 def _kib(num_bytes: int) -> str:

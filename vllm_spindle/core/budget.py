@@ -6,11 +6,13 @@ without a message between them; ratios are rounded to counts here and nowhere el
 A request's row of blocks in one band, after the reduction (P prompt tokens, w window, bs block
 size, natural indexing, never shortened):
 
-    [0 .. first_block)            freed
-    [first_block .. tail_block)   the reduced region: kept context tokens
-    [tail_block .. )              the recent window and what is generated, untouched
+    [0 .. prefix_blocks)            the protected prefix, whole; most often there is none
+    [prefix_blocks .. first_block)  freed
+    [first_block .. tail_block)     the reduced region: kept context tokens
+    [tail_block .. )                the recent window and what is generated, untouched
 
-with tail_block = (P - w) // bs. The budget counts whole blocks, padding included.
+with tail_block = (P - w) // bs. The budget counts whole blocks, padding included; a protected
+prefix is kept on top of it, and the rest of the prompt is what the keep ratio speaks of.
 """
 
 from collections.abc import Sequence
@@ -30,6 +32,12 @@ class BandPlan:
     first_block: int
     tail_block: int
     prompt_blocks: int
+    prefix_blocks: int = 0
+
+    @property
+    def context_blocks(self) -> int:
+        """Blocks whose tokens may be evicted."""
+        return self.tail_block - self.prefix_blocks
 
     @property
     def reduced_blocks(self) -> int:
@@ -37,14 +45,19 @@ class BandPlan:
         return self.tail_block - self.first_block
 
     @property
+    def freed_blocks(self) -> int:
+        """Blocks that go back to the pool."""
+        return self.first_block - self.prefix_blocks
+
+    @property
     def held_blocks(self) -> int:
         """Blocks that hold the prompt after the reduction."""
-        return self.prompt_blocks - self.first_block
+        return self.prompt_blocks - self.freed_blocks
 
     @property
     def is_reduced(self) -> bool:
         """False where the band keeps the whole prompt: nothing is moved, nothing is freed."""
-        return self.first_block > 0
+        return self.freed_blocks > 0
 
 
 def shareable_blocks(
@@ -101,16 +114,17 @@ def plan_prompt(
     shape: BudgetShape = "pyramid",
     unit_blocks: int = 1,
     min_prompt_len: int = 0,
+    protected_tokens: int = 0,
 ) -> tuple[BandPlan, ...]:
     """The plan of one prompt, one entry per band.
 
-    ``keep_ratio`` of the prompt's tokens, over all layers, is rounded down to whole blocks; the
-    window's blocks come first, the rest is the reduced region, shared out along the pyramid.
-    The window is kept even where it alone exceeds the budget.
+    ``keep_ratio`` of the tokens after the protected prefix, over all layers, is rounded down to
+    whole blocks; the window's blocks come first, the rest is the reduced region, shared out along
+    the pyramid. The window is kept even where it alone exceeds the budget.
 
     Args:
         prompt_len: prompt tokens (P), at least 1.
-        keep_ratio: share of the prompt's KV bytes to keep over all bands, (0, 1].
+        keep_ratio: share of the KV bytes after the protected prefix to keep over all bands, (0, 1].
         window: last prompt tokens, always kept (l_w).
         block_size: tokens per block.
         bands: layers of each band, shallow to deep.
@@ -118,20 +132,22 @@ def plan_prompt(
         shape: ``pyramid``, or ``uniform`` for the same share in every band.
         unit_blocks: region sizes are multiples of this (``gqa: unfold`` needs one block per
             query head of a group).
-        min_prompt_len: shorter prompts are kept whole.
+        min_prompt_len: what is shorter, the protected prefix apart, is kept whole.
+        protected_tokens: first tokens that every band keeps; only their whole blocks are.
     """
     prompt_blocks = num_blocks(prompt_len, block_size)
     tail_block = max(0, (prompt_len - window) // block_size)
     tail_blocks = prompt_blocks - tail_block
-    keep_all = BandPlan(first_block=0, tail_block=tail_block, prompt_blocks=prompt_blocks)
-    if keep_ratio >= 1 or tail_block == 0 or prompt_len < min_prompt_len:
-        return (keep_all,) * len(bands)
+    prefix_blocks = min(protected_tokens // block_size, tail_block)
+    rest_len = prompt_len - prefix_blocks * block_size
+    if keep_ratio >= 1 or tail_block == prefix_blocks or rest_len < min_prompt_len:
+        return (BandPlan(0, tail_block, prompt_blocks),) * len(bands)
 
     # A block costs the layers of the longest band, in every band: shorter groups are padded.
     num_layers = sum(len(band) for band in bands)
     longest = max(len(band) for band in bands)
-    total_blocks = int(keep_ratio * prompt_len * num_layers / (block_size * longest))
-    cap = tail_block // unit_blocks
+    total_blocks = int(keep_ratio * rest_len * num_layers / (block_size * longest))
+    cap = (tail_block - prefix_blocks) // unit_blocks
     budget = max(0, total_blocks - tail_blocks * len(bands)) // unit_blocks
     budget = min(budget, cap * len(bands))
     context_ratio = Fraction(budget, cap * len(bands)) if cap else Fraction(0)
@@ -146,6 +162,7 @@ def plan_prompt(
             first_block=tail_block - share * unit_blocks,
             tail_block=tail_block,
             prompt_blocks=prompt_blocks,
+            prefix_blocks=prefix_blocks,
         )
         for share in shares
     )

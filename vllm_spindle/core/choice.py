@@ -38,11 +38,19 @@ def choose_kept(
     scale: float,
     num_context: int,
     num_kept: int,
+    num_protected: int = 0,
     visual: VisualCap | None = None,
 ) -> Tensor:
     """Positions of the context tokens to keep, ascending; see ``rank_context``."""
     ranked = rank_context(
-        rule, queries, keys, scale=scale, num_context=num_context, num_kept=num_kept, visual=visual
+        rule,
+        queries,
+        keys,
+        scale=scale,
+        num_context=num_context,
+        num_kept=num_kept,
+        num_protected=num_protected,
+        visual=visual,
     )
     return ranked.sort(dim=-1).values
 
@@ -55,6 +63,7 @@ def rank_context(
     scale: float,
     num_context: int,
     num_kept: int,
+    num_protected: int = 0,
     visual: VisualCap | None = None,
 ) -> Tensor:
     """Positions of the context tokens to keep, the most important first.
@@ -64,8 +73,9 @@ def rank_context(
         queries: rotated queries of the last W prompt tokens. [K, G, W, D].
         keys: rotated keys of the whole prompt. [K, T, D].
         scale: softmax scale.
-        num_context: tokens that may be evicted: positions below this.
+        num_context: tokens that may be evicted lie below this position.
         num_kept: context tokens to keep; per query head with ``unfold``.
+        num_protected: and from this position on; those before are kept anyway.
         visual: keep fewer visual tokens than the scores ask for; None for no difference.
 
     Returns:
@@ -82,8 +92,18 @@ def rank_context(
             scores = paper_importance(attention, num_context)
         else:
             scores = pooled_importance(attention, num_context, pool_kernel=rule.pool_kernel)
+    return num_protected + _rank(
+        scores[..., num_protected:], num_kept, rule.gqa, visual, num_protected
+    )
+
+
+def _rank(
+    scores: Tensor, num_kept: int, gqa: GqaName, visual: VisualCap | None, first: int
+) -> Tensor:
+    """Candidates by rank, counted from ``first`` on. scores: [K, G, candidates]."""
     if visual is None:
-        return rank_tokens(scores, num_kept, rule.gqa)
-    is_visual = visual.mask[:num_context]
-    most = max_visual_tokens(num_kept, int(is_visual.sum()), num_context, visual.share)
-    return cap_visual(rank_tokens(scores, num_context, rule.gqa), is_visual, most)[..., :num_kept]
+        return rank_tokens(scores, num_kept, gqa)
+    num_candidates = scores.shape[-1]
+    is_visual = visual.mask[first : first + num_candidates]
+    most = max_visual_tokens(num_kept, int(is_visual.sum()), num_candidates, visual.share)
+    return cap_visual(rank_tokens(scores, num_candidates, gqa), is_visual, most)[..., :num_kept]

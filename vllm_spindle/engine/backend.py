@@ -114,7 +114,14 @@ def codebook_rows(
             [torch.arange(int(starts[row]), int(starts[row + 1])) for row in rows.tolist()]
         )
     tail_lens = lengths - codebooks.starts[:, 1] * block_size
-    decode_rows = DecodeRows.of(table, codebooks.starts, codebooks.shapes, tail_lens, query_start)
+    decode_rows = DecodeRows.of(
+        table,
+        codebooks.starts,
+        codebooks.shapes,
+        tail_lens,
+        query_start,
+        codebooks.prefix_blocks,
+    )
     return decode_rows, tokens
 
 

@@ -30,7 +30,7 @@ def codebook_shape(
         head_size: elements of a key.
     """
     rows = 2 * block_size * plan.reduced_blocks
-    context = plan.tail_block * block_size
+    context = plan.context_blocks * block_size
     wanted = context
     if method == "both":
         wanted = min(context, int(config.merge_factor * plan.reduced_blocks * block_size))

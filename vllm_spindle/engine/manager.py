@@ -10,15 +10,18 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
+from vllm_spindle.config import RequestOptions
 from vllm_spindle.core.budget import BandPlan
 from vllm_spindle.engine.spec import SpindleSpec
+from vllm_spindle.policy import SERVERS
 
 
 class SpindleManager(FullAttentionManager):
-    """Full attention, but once a prompt is processed its first blocks are freed.
+    """Full attention, but once a prompt is processed its blocks before the region are freed.
 
     Freed entries become the null block, so the row keeps its length and allocation stays
-    natural: [A B C D E] of a prompt whose region starts at block 2 -> [NULL NULL C D E].
+    natural: [A B C D E] of a prompt whose region starts at block 2 -> [NULL NULL C D E], and
+    with a protected prefix of one block -> [A NULL C D E].
     """
 
     def __init__(self, kv_cache_spec: SpindleSpec, **kwargs: Any) -> None:
@@ -26,18 +29,20 @@ class SpindleManager(FullAttentionManager):
         self.band = kv_cache_spec.band
         self.policy = kv_cache_spec.policy
         self.num_freed_blocks = 0
-        self._keep_ratios: dict[str, float] = {}
+        self._options: dict[str, RequestOptions] = {}
         self._plans: dict[str, BandPlan] = {}
 
-    def share_keep_ratios(self, keep_ratios: dict[str, float]) -> None:
-        """Use the scheduler's table of per-request ratios. request id -> keep ratio."""
-        self._keep_ratios = keep_ratios
+    def share_options(self, options: dict[str, RequestOptions]) -> None:
+        """Use the scheduler's table of what requests set for themselves. request id -> options."""
+        self._options = options
 
     def plan(self, request_id: str, num_prompt_tokens: int) -> BandPlan:
         """What this band holds of the request's prompt once it is reduced."""
         plan = self._plans.get(request_id)
         if plan is None:
-            plans = self.policy.plan(num_prompt_tokens, self._keep_ratios.get(request_id))
+            plans = self.policy.plan_request(
+                num_prompt_tokens, self._options.get(request_id, SERVERS)
+            )
             plan = self._plans[request_id] = plans[self.band]
         return plan
 
@@ -57,8 +62,8 @@ class SpindleManager(FullAttentionManager):
         super().cache_blocks(request, num_tokens, *args, **kwargs)
 
     def _shareable_blocks(self, request: Request) -> int | None:
-        keep_ratio = self._keep_ratios.get(request.request_id)
-        return self.policy.shareable(request.num_prompt_tokens, keep_ratio)[self.band]
+        options = self._options.get(request.request_id, SERVERS)
+        return self.policy.shareable(request.num_prompt_tokens, options)[self.band]
 
     def count_held(self, request_id: str, num_prompt_tokens: int) -> int:
         """Blocks of its prompt that the request holds now, counted in its row."""
@@ -71,7 +76,7 @@ class SpindleManager(FullAttentionManager):
         processed_computed_tokens: int,
         num_prompt_tokens: int | None = None,
     ) -> None:
-        """Free ``[0, first_block)`` once every prompt token is processed.
+        """Free ``[prefix_blocks, first_block)`` once every prompt token is processed.
 
         Processed, not merely scheduled: a step in flight still reads the whole row, and the
         worker compacts the row at the end of the step that finishes the prompt.
@@ -79,11 +84,11 @@ class SpindleManager(FullAttentionManager):
         if num_prompt_tokens is None or processed_computed_tokens < num_prompt_tokens:
             return
         blocks = self.req_to_blocks.get(request_id)
-        first_block = self.plan(request_id, num_prompt_tokens).first_block
-        if not blocks or first_block == 0 or blocks[first_block - 1].is_null:
+        plan = self.plan(request_id, num_prompt_tokens)
+        if not blocks or not plan.is_reduced or blocks[plan.first_block - 1].is_null:
             return
-        self._remove_blocks_in_range(request_id, 0, first_block)
-        self.num_freed_blocks += first_block
+        self._remove_blocks_in_range(request_id, plan.prefix_blocks, plan.first_block)
+        self.num_freed_blocks += plan.freed_blocks
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """The request's blocks, when it ends or is preempted."""

@@ -71,6 +71,7 @@ BAND_COUNTERS = {
     "tokens_evicted": "prompt tokens evicted, mean of a band's layers and kv heads",
     "prompt_blocks": "KV-cache blocks that prompts filled in prefill, by band",
     "held_blocks": "KV-cache blocks that prompts hold after their reduction, by band",
+    "protected_blocks": "KV-cache blocks of protected prefixes, held whole and shared, by band",
     "tokens_merged": "prompt tokens kept as codes, mean of a band's layers and kv heads",
     "codebook_vectors": "keys and values given a code, over heads and layers, by band",
     "codebook_entries": "codebook entries used, over heads and layers, by band",

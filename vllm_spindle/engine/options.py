@@ -1,15 +1,25 @@
 """From vLLM's own configuration to ours: the switch, the policy, a request's override."""
 
+import difflib
 from functools import lru_cache
 from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 
-from vllm_spindle.config import KEEP_RATIO_KEY, SpindleConfig, load_config, parse_keep_ratio
+from vllm_spindle.config import (
+    KEEP_RATIO_KEY,
+    PROTECTED_PREFIX_KEY,
+    RequestOptions,
+    SpindleConfig,
+    load_config,
+    parse_keep_ratio,
+    parse_protected_prefix,
+)
 from vllm_spindle.policy import SpindlePolicy
 
 SECTION = "spindle"
+REQUEST_KEYS = {KEEP_RATIO_KEY: parse_keep_ratio, PROTECTED_PREFIX_KEY: parse_protected_prefix}
 
 
 def asked_for(vllm_config: VllmConfig) -> SpindleConfig | None:
@@ -56,11 +66,24 @@ def _policy(
     return SpindlePolicy(config, num_layers, block_size, num_queries_per_kv)
 
 
-def request_keep_ratio(params: Any) -> float | None:
-    """The request's own keep ratio, checked at admission; None for the server's."""
-    extra_args = getattr(params, "extra_args", None)
-    value = extra_args.get(KEEP_RATIO_KEY) if extra_args else None
-    return None if value is None else float(value)
+def request_options(params: Any) -> RequestOptions:
+    """What the request sets for itself, checked at admission."""
+    extra_args = getattr(params, "extra_args", None) or {}
+    keep_ratio, protected = map(extra_args.get, REQUEST_KEYS)
+    return RequestOptions(
+        None if keep_ratio is None else float(keep_ratio),
+        None if protected is None else int(protected),
+    )
+
+
+def protect_prefix(params: Any, num_tokens: int) -> Any:
+    """The request's parameters, as if it had asked for this protected prefix itself.
+
+    The way from the scheduler, which finds prefixes, to the workers, which plan alike.
+    """
+    params = params.clone()
+    params.extra_args = {**(params.extra_args or {}), PROTECTED_PREFIX_KEY: num_tokens}
+    return params
 
 
 def check_request(vllm_config: VllmConfig, params: Any, resumable: bool) -> None:
@@ -78,23 +101,23 @@ def check_request(vllm_config: VllmConfig, params: Any, resumable: bool) -> None
         )
     extra_args = getattr(params, "extra_args", None) or {}
     for key in extra_args:
-        if key.startswith("spindle") and key != KEEP_RATIO_KEY:
+        if key.startswith("spindle") and key not in REQUEST_KEYS:
+            near = difflib.get_close_matches(key, REQUEST_KEYS, n=1, cutoff=0) or [KEEP_RATIO_KEY]
             raise VLLMValidationError(
-                f"unknown option {key!r}; did you mean {KEEP_RATIO_KEY!r}?", parameter=key
+                f"unknown option {key!r}; did you mean {near[0]!r}?", parameter=key
             )
-    if KEEP_RATIO_KEY not in extra_args:
-        return
-    value = extra_args[KEEP_RATIO_KEY]
-    try:
-        keep_ratio = parse_keep_ratio(value)
-    except ValueError as error:
-        raise VLLMValidationError(str(error), parameter=KEEP_RATIO_KEY, value=value) from None
-    if not on and keep_ratio < 1:
+    parsed: dict[str, Any] = {}
+    for key in REQUEST_KEYS.keys() & extra_args.keys():
+        try:
+            parsed[key] = REQUEST_KEYS[key](extra_args[key])
+        except ValueError as error:
+            raise VLLMValidationError(str(error), parameter=key, value=extra_args[key]) from None
+    if not on and parsed.get(KEEP_RATIO_KEY, 1) < 1:
         raise VLLMValidationError(
             "this server runs without spindle, so it cannot reduce one request's KV cache; "
             'start it with --additional-config \'{"spindle": {"keep_ratio": ...}}\' below 1',
             parameter=KEEP_RATIO_KEY,
-            value=value,
+            value=extra_args[KEEP_RATIO_KEY],
         )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_spindle.config import RequestOptions
 from vllm_spindle.core.budget import BandPlan
 from vllm_spindle.core.choice import ChoiceRule
 from vllm_spindle.core.modality import VisualCap
@@ -37,7 +38,7 @@ from vllm_spindle.engine.step import (
     WindowRows,
 )
 from vllm_spindle.engine.window import WindowStash
-from vllm_spindle.policy import SpindlePolicy
+from vllm_spindle.policy import SERVERS, SpindlePolicy
 
 CODEBOOK_COUNTS = tuple(each.name for each in fields(CodebookStats))
 
@@ -144,7 +145,7 @@ class Reducer:
         self,
         request_id: str,
         prompt_len: int,
-        keep_ratio: float | None,
+        options: RequestOptions = SERVERS,
         visual_mask: Tensor | None = None,
     ) -> None:
         """Plan a request's prompt.
@@ -152,10 +153,10 @@ class Reducer:
         Args:
             request_id: vLLM's.
             prompt_len: T.
-            keep_ratio: the request's own; None for the server's.
+            options: what the request sets for itself.
             visual_mask: True = visual token, [T]; None if the prompt has none.
         """
-        plans = self.policy.plan(prompt_len, keep_ratio)
+        plans = self.policy.plan_request(prompt_len, options)
         if any(plan.is_reduced for plan in plans):
             self._plans[request_id] = plans
             if visual_mask is not None:
@@ -230,10 +231,13 @@ class Reducer:
         codebooks = CodebookRows(
             rows=torch.tensor([row for row, _ in reduced]),
             starts=_int32([(plan.first_block, plan.tail_block) for _, plan in reduced]),
+            prefix_blocks=torch.tensor([p.prefix_blocks for _, p in reduced], dtype=torch.int32),
             shapes=_int32([(s.num_key_entries, s.num_value_entries, s.num_tokens) for s in shapes]),
         )
         tails = [
-            replace(plan, first_block=plan.tail_block) if plan and plan.is_reduced else None
+            replace(plan, first_block=plan.tail_block, prefix_blocks=0)
+            if plan and plan.is_reduced
+            else None
             for plan in plans
         ]
         return BandRows.of(tails, num_copies=1), codebooks
@@ -267,7 +271,7 @@ class Reducer:
                 layer = self.bands[band][layer_idx - layers.start]
                 prompt = self._read_prompt(layer, end, row_blocks[: plan.prompt_blocks], visual)
                 kept += region.fill(layer, prompt, plan, blocks)
-            num_context = plan.tail_block * self.policy.block_size
+            num_context = plan.context_blocks * self.policy.block_size
             evicted = num_context * len(mine) - kept
             self._stats.tokens_evicted[band] += evicted / len(layers)
             if isinstance(region, CodebookRegion):

@@ -53,6 +53,7 @@ def config_refusals(vllm_config: VllmConfig, config: SpindleConfig) -> list[Refu
         *_scheduling(vllm_config),
         *_bands(vllm_config, config),
         *_codebooks(vllm_config, config),
+        *_prefix(vllm_config, config),
     ]
     return found
 
@@ -142,6 +143,17 @@ def _parallel(vllm_config: VllmConfig) -> Iterator[Refusal]:
     if parallel.worker_cls != "vllm.v1.worker.cpu_worker.CPUWorker" and current_platform.is_cpu():
         yield Refusal(
             "--worker-cls", parallel.worker_cls, "spindle brings its own worker class", "remove it"
+        )
+
+
+def _prefix(vllm_config: VllmConfig, config: SpindleConfig) -> Iterator[Refusal]:
+    is_caching = vllm_config.cache_config.enable_prefix_caching
+    if config.protected_prefix_tokens == "auto" and not is_caching:
+        yield Refusal(
+            "protected_prefix_tokens",
+            "auto",
+            "prefixes are recognised by the prefix cache's hashes, and it is switched off",
+            "remove --no-enable-prefix-caching, or give the prefix's length in tokens",
         )
 
 

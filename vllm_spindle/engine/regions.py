@@ -62,20 +62,25 @@ class LayerPrompt:
     rule: ChoiceRule
     visual: VisualCap | None = None
 
-    def choose(self, scale: float, num_context: int, num_kept: int) -> Tensor:
-        """Context positions to keep, ascending."""
-        return choose_kept(*self._scored(), **self._counts(scale, num_context, num_kept))
+    def choose(self, scale: float, context: range, num_kept: int) -> Tensor:
+        """Positions of the context to keep, ascending."""
+        return choose_kept(*self._scored(), **self._counts(scale, context, num_kept))
 
-    def rank(self, scale: float, num_context: int) -> Tensor:
-        """All context positions, the most important first."""
-        return rank_context(*self._scored(), **self._counts(scale, num_context, num_context))
+    def rank(self, scale: float, context: range) -> Tensor:
+        """All positions of the context, the most important first."""
+        return rank_context(*self._scored(), **self._counts(scale, context, len(context)))
 
     def _scored(self) -> tuple[ChoiceRule, Tensor, Tensor]:
         return self.rule, self.queries, self.keys[:, : self.prompt_len]
 
-    def _counts(self, scale: float, num_context: int, num_kept: int) -> dict[str, Any]:
-        counts = {"scale": scale, "num_context": num_context, "num_kept": num_kept}
-        return {**counts, "visual": self.visual}
+    def _counts(self, scale: float, context: range, num_kept: int) -> dict[str, Any]:
+        return {
+            "scale": scale,
+            "num_context": context.stop,
+            "num_kept": num_kept,
+            "num_protected": context.start,
+            "visual": self.visual,
+        }
 
 
 @dataclass
@@ -95,6 +100,11 @@ class CodebookStats:
     capacity: int = 0
     overflow: int = 0
     similarity_sum: float = 0.0
+
+
+def context_tokens(plan: BandPlan, block_size: int) -> range:
+    """Positions that a band may evict or merge."""
+    return range(plan.prefix_blocks * block_size, plan.tail_block * block_size)
 
 
 class Region(Protocol):
@@ -120,9 +130,8 @@ class DenseRegion:
     def fill(
         self, layer: ReducedLayer, prompt: LayerPrompt, plan: BandPlan, region: Tensor
     ) -> float:
-        num_context = plan.tail_block * self._block_size
         num_kept = plan.reduced_blocks * self._block_size // self._num_copies
-        kept = prompt.choose(layer.scale, num_context, num_kept)
+        kept = prompt.choose(layer.scale, context_tokens(plan, self._block_size), num_kept)
         slots = (region.unsqueeze(1) * self._block_size + torch.arange(self._block_size)).flatten()
         copies = kept.unbind(1) if kept.dim() == 3 else (kept,)
         for copy, copy_slots in zip(copies, slots.chunk(len(copies)), strict=True):
@@ -157,15 +166,17 @@ class CodebookRegion:
         shape = self.shape(plan)
         if shape.num_tokens == 0:
             return 0
-        num_context = plan.tail_block * self.policy.block_size
+        context = context_tokens(plan, self.policy.block_size)
         assert layer.cos_sin is not None
         # Not before vLLM has started: its kernel registration trips over numba's modules.
         from vllm_spindle.kernels.numba_cover import admit_layer
 
         heads = admit_layer(
-            unrotate_keys(prompt.keys[:, :num_context], torch.arange(num_context), layer.cos_sin),
-            prompt.values[:, :num_context],
-            prompt.rank(layer.scale, num_context),
+            unrotate_keys(
+                prompt.keys[:, : context.stop], torch.arange(context.stop), layer.cos_sin
+            ),
+            prompt.values[:, : context.stop],
+            prompt.rank(layer.scale, context),
             (self.policy.config.theta_key, self.policy.config.theta_value),
             (shape.num_key_entries, shape.num_value_entries, shape.num_tokens),
         )

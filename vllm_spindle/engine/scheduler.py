@@ -7,8 +7,11 @@ from typing import Any
 
 from vllm.v1.request import Request
 
+from vllm_spindle.config import RequestOptions
+from vllm_spindle.core.branches import BranchIndex
 from vllm_spindle.engine.manager import SpindleManager
-from vllm_spindle.engine.options import request_keep_ratio
+from vllm_spindle.engine.options import protect_prefix, request_options
+from vllm_spindle.policy import SERVERS
 
 
 class SpindleSchedulerMixin:
@@ -16,7 +19,7 @@ class SpindleSchedulerMixin:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._keep_ratios: dict[str, float] = {}
+        self._options: dict[str, RequestOptions] = {}
         self._reduced: set[str] = set()
         self._bands: list[SpindleManager] = [
             manager
@@ -25,17 +28,25 @@ class SpindleSchedulerMixin:
         ]
         self._bands.sort(key=lambda manager: manager.band)
         for manager in self._bands:
-            manager.share_keep_ratios(self._keep_ratios)
-        self._queue = self._bands[0].policy.reduction_queue(
-            self.scheduler_config.max_num_batched_tokens
-        )
+            manager.share_options(self._options)
+        policy = self._bands[0].policy
+        is_auto = policy.config.protected_prefix_tokens == "auto"
+        self._branches = BranchIndex() if is_auto else None
+        self._queue = policy.reduction_queue(self.scheduler_config.max_num_batched_tokens)
         self._stats = _empty_stats(len(self._bands))
 
     def add_request(self, request: Request) -> None:
-        """Remember the request's own keep ratio before it is queued."""
-        keep_ratio = request_keep_ratio(request.sampling_params)
-        if keep_ratio is not None:
-            self._keep_ratios[request.request_id] = keep_ratio
+        """Remember what the request sets for itself, or what recurs of it, before it is queued."""
+        options = request_options(request.sampling_params)
+        if self._branches is not None:
+            num_blocks = self._branches.add(request.block_hashes)
+            if num_blocks and options.protected_prefix_tokens is None:
+                request.sampling_params = protect_prefix(
+                    request.sampling_params, num_blocks * self.hash_block_size
+                )
+                options = request_options(request.sampling_params)
+        if options != SERVERS:
+            self._options[request.request_id] = options
         super().add_request(request)
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
@@ -80,6 +91,7 @@ class SpindleSchedulerMixin:
             plan = manager.plan(request.request_id, request.num_prompt_tokens)
             self._stats["bands"]["prompt_blocks"][band] += plan.prompt_blocks
             # Counted, not planned: whoever compares it with the plan learns something.
+            self._stats["bands"]["protected_blocks"][band] += plan.prefix_blocks
             self._stats["bands"]["held_blocks"][band] += manager.count_held(
                 request.request_id, request.num_prompt_tokens
             )
@@ -121,7 +133,7 @@ class SpindleSchedulerMixin:
         super()._free_blocks(request)
         self._queue.drop(request.request_id)
         self._reduced.discard(request.request_id)
-        self._keep_ratios.pop(request.request_id, None)
+        self._options.pop(request.request_id, None)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """vLLM's update, after the worker's reduction numbers are added up."""
@@ -151,7 +163,7 @@ class SpindleSchedulerMixin:
 
 def _empty_stats(num_bands: int) -> dict[str, Any]:
     """Counts since the last report; under ``bands`` one list per count, an entry per band."""
-    ours = ("blocks_freed", "prompt_blocks", "held_blocks")
+    ours = ("blocks_freed", "prompt_blocks", "held_blocks", "protected_blocks")
     return {
         "reductions": 0,
         "seconds": 0.0,

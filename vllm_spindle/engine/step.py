@@ -47,12 +47,14 @@ class BandRows:
     is computed once.
 
     Attributes:
-        first_block: first held block. [R], int64.
+        prefix_blocks: first blocks that are held whole. [R], int64.
+        first_block: first block of the reduced region. [R], int64.
         copy_blocks: blocks of one copy of the reduced region (``unfold`` has one copy per query
             head of a group, else there is one). [R], int64.
         tail_block: first block after the reduced region. [R], int64.
     """
 
+    prefix_blocks: Tensor
     first_block: Tensor
     copy_blocks: Tensor
     tail_block: Tensor
@@ -63,7 +65,9 @@ class BandRows:
         if not any(plans):
             return None
         rows = [
-            (p.first_block, p.reduced_blocks // num_copies, p.tail_block) if p else (0, 0, 0)
+            (p.prefix_blocks, p.first_block, p.reduced_blocks // num_copies, p.tail_block)
+            if p and p.is_reduced
+            else (0, 0, 0, 0)
             for p in plans
         ]
         return cls(*torch.tensor(rows, dtype=torch.int64).unbind(1))
@@ -71,22 +75,25 @@ class BandRows:
     def source_columns(self, copy_idx: int, num_columns: int) -> Tensor:
         """Column of the natural table that each column of the shifted one is read from.
 
-        Row [- - - R R T T], copy_blocks 2, tail_block 5 -> [3 4 5 6 6 6 6]: columns past the
-        row's end are never read, they only must stay inside the table.
+        Row [- - - R R T T], copy_blocks 2, tail_block 5 -> [3 4 5 6 6 6 6], and with a prefix of
+        one block, [P - - R R T T] -> [0 3 4 5 6 6 6]: columns past the row's end are never read,
+        they only must stay inside the table.
 
         Returns:
             [R, num_columns], int64.
         """
         column = torch.arange(num_columns)
-        in_region = column < self.copy_blocks.unsqueeze(1)
-        start = self.first_block + copy_idx * self.copy_blocks
+        prefix = self.prefix_blocks.unsqueeze(1)
+        in_region = column < prefix + self.copy_blocks.unsqueeze(1)
+        start = self.first_block - self.prefix_blocks + copy_idx * self.copy_blocks
         shift = torch.where(in_region, start.unsqueeze(1), self.skipped_blocks.unsqueeze(1))
+        shift = torch.where(column < prefix, 0, shift)
         return (column + shift).clamp_(max=num_columns - 1)
 
     @property
     def skipped_blocks(self) -> Tensor:
         """Blocks by which a row is shorter than natural, seen from one copy. [R], int64."""
-        return self.tail_block - self.copy_blocks
+        return self.tail_block - self.prefix_blocks - self.copy_blocks
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,11 +103,13 @@ class CodebookRows:
     Attributes:
         rows: which rows of the step. [r], int64.
         starts: first block of the region, and of the tail. [r, 2], int32.
+        prefix_blocks: first blocks that are held whole. [r], int32.
         shapes: key entries, value entries, tokens. [r, 3], int32.
     """
 
     rows: Tensor
     starts: Tensor
+    prefix_blocks: Tensor
     shapes: Tensor
 
 

@@ -14,7 +14,7 @@ from vllm.utils import length_from_prompt_token_ids_or_embeds
 
 from vllm_spindle.engine.active import activate
 from vllm_spindle.engine.cache_layout import CacheLayout
-from vllm_spindle.engine.options import request_keep_ratio
+from vllm_spindle.engine.options import request_options
 from vllm_spindle.engine.reduction import Reducer
 from vllm_spindle.engine.regions import ReducedLayer
 from vllm_spindle.engine.rotary_table import rotary_table
@@ -115,7 +115,7 @@ class RunnerReduction:
             self.reducer.admit(
                 request.req_id,
                 prompt_len,
-                request_keep_ratio(request.sampling_params),
+                request_options(request.sampling_params),
                 _visual_mask(request.mm_features, prompt_len),
             )
 

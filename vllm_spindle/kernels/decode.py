@@ -22,11 +22,12 @@ class DecodeRows:
     """The rows of one decode step, as int32 arrays.
 
     Attributes:
-        block_table: block ids; region and tail of a row are runs of its columns. [B, W].
+        block_table: block ids; prefix, region and tail of a row are runs of its columns. [B, W].
         starts: first column of the region and of the tail. [B, 2].
         shapes: key entries, value entries and tokens of the region; 0 tokens for none. [B, 3].
         tail_lens: dense tokens, the query tokens included: they are the last of them. [B].
         query_start: first query token of each row, and their number. [B + 1].
+        prefix_blocks: columns, from the first on, of dense tokens before the region. [B].
     """
 
     block_table: np.ndarray
@@ -34,11 +35,15 @@ class DecodeRows:
     shapes: np.ndarray
     tail_lens: np.ndarray
     query_start: np.ndarray
+    prefix_blocks: np.ndarray
 
     @classmethod
-    def of(cls, block_table, starts, shapes, tail_lens, query_start) -> "DecodeRows":
-        """From anything that NumPy takes, CPU tensors included."""
-        arrays = (block_table, starts, shapes, tail_lens, query_start)
+    def of(
+        cls, block_table, starts, shapes, tail_lens, query_start, prefix_blocks=None
+    ) -> "DecodeRows":
+        """From anything that NumPy takes, CPU tensors included; no prefix if not said."""
+        prefix_blocks = np.zeros(len(tail_lens)) if prefix_blocks is None else prefix_blocks
+        arrays = (block_table, starts, shapes, tail_lens, query_start, prefix_blocks)
         return cls(*(np.ascontiguousarray(array, dtype=np.int32) for array in arrays))
 
 
@@ -98,6 +103,7 @@ class RegionDecoder:
             rows.shapes,
             rows.tail_lens,
             rows.query_start,
+            rows.prefix_blocks,
             self._key_index,
             self._value_index,
             self._scale,

@@ -1,4 +1,4 @@
-"""Decode attention over codebook regions and their dense tails, compiled for the CPU.
+"""Decode attention over codebook regions and the dense tokens around them, compiled for the CPU.
 
 One pass with an online softmax over both parts. Slow twin: ``core.reference.attend_codebook``.
 
@@ -68,7 +68,7 @@ def attend_tail(dims, lanes, cache, bits, table, first_block, num_tokens, head, 
 
 @inlined
 def _attend_item(item, dims, lanes, query, output, cache, cos_sin, block_table, starts, shapes,
-                 tail_lens, query_start, key_index, value_index, scale):  # fmt: skip
+                 tail_lens, query_start, prefix_blocks, key_index, value_index, scale):  # fmt: skip
     """All queries of one row and kv head."""
     num_kv_heads = cache.shape[1]
     row, head = divmod(np.int64(item), num_kv_heads)  # prange counts in uint64
@@ -77,6 +77,7 @@ def _attend_item(item, dims, lanes, query, output, cache, cos_sin, block_table, 
     bits = cache.reshape(-1)
     table = block_table[row]
     chunk = cache.shape[2]
+    block_size = chunk // (2 * head_size)
     run = (table, starts[row, 0], num_kv_heads * chunk, head * chunk, chunk)
     peaks, totals = np.empty(num_lanes, np.float32), np.empty(num_lanes, np.float32)
     factors = np.empty(num_lanes, np.float32)
@@ -101,10 +102,14 @@ def _attend_item(item, dims, lanes, query, output, cache, cos_sin, block_table, 
                     dims, lanes, bits, run, shapes[row], cos_sin, queries, scale, peaks, totals,
                     factors, out,
                 )  # fmt: skip
-            attend_tail(
-                dims, lanes, cache, bits, table, starts[row, 1], num_seen, head, key_index,
-                value_index, queries, scale, peaks, totals, factors, out,
-            )  # fmt: skip
+            for part in range(2):  # the prefix from column 0, the tail
+                column, num_dense = starts[row, 1], num_seen
+                if part == 0:
+                    column, num_dense = np.int32(0), np.int64(prefix_blocks[row] * block_size)
+                attend_tail(
+                    dims, lanes, cache, bits, table, column, num_dense, head, key_index,
+                    value_index, queries, scale, peaks, totals, factors, out,
+                )  # fmt: skip
             for lane in range(used):
                 share = np.float32(1) / totals[lane]
                 for dim in range(head_size):
@@ -118,12 +123,12 @@ def _outer(name: str, sources: int, **options):
     a constant of the code, makes it compile again when another file of the kernel changes."""
 
     def attend(dims, lanes, query, output, cache, cos_sin, block_table, starts, shapes,
-               tail_lens, query_start, key_index, value_index, scale):  # fmt: skip
+               tail_lens, query_start, prefix_blocks, key_index, value_index, scale):  # fmt: skip
         sources  # noqa: B018
         for item in prange(len(tail_lens) * cache.shape[1]):
             _attend_item(
                 item, dims, lanes, query, output, cache, cos_sin, block_table, starts, shapes,
-                tail_lens, query_start, key_index, value_index, scale,
+                tail_lens, query_start, prefix_blocks, key_index, value_index, scale,
             )  # fmt: skip
 
     attend.__name__ = attend.__qualname__ = name

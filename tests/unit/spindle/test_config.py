@@ -43,6 +43,7 @@ def test_a_dict_sets_every_field() -> None:
         "min_prompt_len": 64,
         "reduce_share": 0.5,
         "deep_visual_share": 0.5,
+        "protected_prefix_tokens": 1000,
         "seed": 3,
     }
     assert set(options) == set(SpindleConfig.model_fields)

@@ -28,12 +28,22 @@ class Row:
     positions: list[Tensor]
     tail: tuple[Tensor, Tensor]
     queries: Tensor
+    prefix: tuple[Tensor, Tensor]
 
 
 def _row(
-    num_tokens, num_tail, num_queries, num_heads, group, head_size, entries, block_size, counts=None
+    num_tokens,
+    num_tail,
+    num_queries,
+    num_heads,
+    group,
+    head_size,
+    entries,
+    block_size,
+    counts=None,
+    num_prefix=0,
 ):
-    """``counts``: tokens of each kv head, where fewer than the slots."""
+    """``counts``: tokens of each kv head, where fewer than the slots; whole blocks of prefix."""
     counts = counts or [num_tokens] * num_heads
 
     def book(num_entries: int, num_tokens: int) -> Codebook:
@@ -52,6 +62,7 @@ def _row(
         [torch.randperm(NUM_POSITIONS)[:count] for count in counts],
         tuple(torch.randn(num_tail, num_heads, head_size).bfloat16() for _ in range(2)),
         torch.randn(num_queries, num_heads * group, head_size).bfloat16(),
+        tuple(torch.randn(num_prefix, num_heads, head_size).bfloat16() for _ in range(2)),
     )
 
 
@@ -65,27 +76,33 @@ def _check(rows: list[Row], block_size: int, *, index=None, num_threads: int = 1
     cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1)
     regions = [row.shape.num_blocks if row.shape else 0 for row in rows]
     tails = [-(-len(row.tail[0]) // block_size) for row in rows]
-    width = 1 + max(region + tail for region, tail in zip(regions, tails, strict=True))
+    prefixes = [len(row.prefix[0]) // block_size for row in rows]
+    runs = zip(prefixes, regions, tails, strict=True)
+    width = 1 + max(sum(run) for run in runs)
     ids = torch.randperm(len(rows) * width).view(len(rows), width)
     cache = torch.full((ids.numel(), num_heads, block_size, 2 * head_size), float("nan")).bfloat16()
     affine = torch.arange(block_size * head_size)
     key_index = affine.view(head_size, block_size).T if index is None else index[0]
     value_index = affine.view(block_size, head_size) + len(affine) if index is None else index[1]
-    for row, blocks, num_region in zip(rows, ids, regions, strict=True):
+    for row, blocks, num_region, num_prefix in zip(rows, ids, regions, prefixes, strict=True):
+        # Between prefix and region lies one column that nobody reads.
+        first = num_prefix + 1
         if row.shape:
-            region = blocks[1 : 1 + num_region]
+            region = blocks[first : first + num_region]
             pack_region(cache, region, row.shape, *row.books, row.positions)
-        for token in range(len(row.tail[0])):
-            block = blocks[1 + num_region + token // block_size]
-            chunk = cache[block].view(num_heads, -1)
-            chunk[:, key_index[token % block_size]] = row.tail[0][token]
-            chunk[:, value_index[token % block_size]] = row.tail[1][token]
+        for column, dense in ((0, row.prefix), (first + num_region, row.tail)):
+            for token in range(len(dense[0])):
+                block = blocks[column + token // block_size]
+                chunk = cache[block].view(num_heads, -1)
+                chunk[:, key_index[token % block_size]] = dense[0][token]
+                chunk[:, value_index[token % block_size]] = dense[1][token]
     step = DecodeRows.of(
         ids,
-        [[1, 1 + num_region] for num_region in regions],
+        [[p + 1, p + 1 + n] for p, n in zip(prefixes, regions, strict=True)],
         [_counts(row.shape) for row in rows],
         [len(row.tail[0]) for row in rows],
         torch.tensor([0] + [len(row.queries) for row in rows]).cumsum(0),
+        prefixes,
     )
     decoder = RegionDecoder(cos_sin, head_size**-0.5, *(index or ()), num_threads=num_threads)
     queries = torch.cat([row.queries for row in rows])
@@ -94,7 +111,12 @@ def _check(rows: list[Row], block_size: int, *, index=None, num_threads: int = 1
     expected = torch.cat(
         [
             attend_codebook(
-                row.queries, *row.books, row.positions, *row.tail, cos_sin, scale=head_size**-0.5
+                row.queries,
+                *row.books,
+                row.positions,
+                *(torch.cat(dense) for dense in zip(row.prefix, row.tail, strict=True)),
+                cos_sin,
+                scale=head_size**-0.5,
             )
             for row in rows
         ]
@@ -143,6 +165,14 @@ def test_rows_of_a_batch() -> None:
     torch.manual_seed(2)
     sizes = ((90, 40, 1), (0, 65, 2), (300, 1, 1), (17, 20, 3))
     rows = [_row(n, t, q, 2, 4, 64, (11, 13), 32) for n, t, q in sizes]
+    _check(rows, 32)
+
+
+def test_a_dense_prefix_is_attended() -> None:
+    """Blocks before the region, in some rows of a batch, and in one without a region."""
+    torch.manual_seed(8)
+    sizes = ((90, 40, 1, 64), (0, 65, 2, 32), (300, 1, 1, 0))
+    rows = [_row(n, t, q, 2, 4, 64, (11, 13), 32, num_prefix=p) for n, t, q, p in sizes]
     _check(rows, 32)
 
 

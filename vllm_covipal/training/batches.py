@@ -120,3 +120,45 @@ def _padded(rows: Tensor, num_rows: int, value: int) -> Tensor:
         return rows
     fill = rows[-1:] if value == -1 else torch.zeros_like(rows[-1:])
     return torch.cat([rows, fill.expand(missing, *rows.shape[1:])])
+
+
+@dataclass(frozen=True, slots=True)
+class Shortened:
+    """A batch without the tokens that left, rows padded on the right again. T' tokens.
+
+    Attributes:
+        embeddings: [B, T', D].
+        positions: [B, T'] or [3, B, T'].
+        allowed: [B, 1, T', T'].
+        key_bias: [B, T'].
+        place: index of each token among those that stay; of no meaning for the others. [B, T].
+    """
+
+    embeddings: Tensor
+    positions: Tensor
+    allowed: Tensor
+    key_bias: Tensor
+    place: Tensor
+
+
+def without_tokens(batch: Batch, positions: Tensor, key_bias: Tensor, left: Tensor) -> Shortened:
+    """The batch without some keys: time and memory of a pruned prompt, not of the whole one.
+
+    Args:
+        batch: rows.
+        positions: of their tokens. [B, T] or [3, B, T].
+        key_bias: [B, T].
+        left: True for tokens that are gone. [B, T].
+    """
+    counts = (~left).sum(1)
+    order = left.to(torch.int8).argsort(dim=1, stable=True)[:, : int(counts.max())]
+    is_real = torch.arange(order.shape[1], device=order.device) < counts[:, None]
+    rows = torch.arange(len(order), device=order.device)[:, None]
+    allowed = batch.allowed[rows[:, :, None], 0, order[:, :, None], order[:, None, :]]
+    return Shortened(
+        batch.embeddings[rows, order],
+        positions[..., rows, order],
+        (allowed & is_real[:, None, :])[:, None],
+        key_bias[rows, order],
+        (~left).cumsum(1) - 1,
+    )

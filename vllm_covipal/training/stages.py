@@ -3,6 +3,7 @@
 Shapes: C candidates of an item.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from vllm_covipal.core.budget import kept_tokens
 from vllm_covipal.core.labels import label_rows, received_attention, scaled_labels
 from vllm_covipal.core.losses import budget_loss
 from vllm_covipal.core.soft_mask import (
+    RETENTION_FLOOR,
     budgeted_retention,
     compact_positions,
     retention_bias,
@@ -22,10 +24,13 @@ from vllm_covipal.core.soft_mask import (
     straight_through_bias,
 )
 from vllm_covipal.selectors.base import top_places
-from vllm_covipal.training.batches import Batch, Question, make_batch
+from vllm_covipal.training.batches import Batch, Question, make_batch, without_tokens
 from vllm_covipal.training.encode import EncodedSample
 from vllm_covipal.training.lvlm import answer_logits, biased_mask, guide_attention
 from vllm_covipal.training.recipe import Stage1Recipe, Stage2Recipe
+
+LEFT_BIAS = math.log(RETENTION_FLOOR) + 1e-3
+"""A key with no more than this is not computed with: it has no attention and gets no gradient."""
 
 Scorer = Callable[[list[Tensor], list[Tensor]], Tensor]
 """The module, perhaps wrapped by accelerate: candidates and texts -> scores of all. [sum of C]."""
@@ -160,9 +165,11 @@ def stage2_step(
         top[top_places(one.scores.detach(), num_kept)] = True
         overlaps.append(float((is_kept & top).sum() / (is_kept | top).sum()))
     where, targets = _answers(batch)
-    mask = biased_mask(batch.allowed, key_bias, batch.embeddings.dtype)
     positions = stage2_positions(batch, key_bias, recipe)
-    logits = answer_logits(model, batch.embeddings, positions, mask, where)
+    short = without_tokens(batch, positions, key_bias, key_bias.detach() <= LEFT_BIAS)
+    where = torch.stack([where[:, 0], short.place[where[:, 0], where[:, 1]]], dim=1)
+    mask = biased_mask(short.allowed, short.key_bias, short.embeddings.dtype)
+    logits = answer_logits(model, short.embeddings, short.positions, mask, where)
     lm = F.cross_entropy(logits, targets)
     budget = torch.stack(costs).mean()
     weight = recipe.budget_weight if recipe.mask == "sigmoid" else 0.0

@@ -11,7 +11,7 @@ from vllm_covipal import hf
 from vllm_covipal.core.soft_mask import DROPPED, RETENTION_FLOOR, retention_bias
 from vllm_covipal.selectors import build_selector
 from vllm_covipal.training import lvlm
-from vllm_covipal.training.batches import Batch, make_batch
+from vllm_covipal.training.batches import Batch, make_batch, without_tokens
 from vllm_covipal.training.data import Sample, Turn
 from vllm_covipal.training.encode import EncodedSample, Encoder, chat_prompt
 from vllm_covipal.training.recipe import Stage1Recipe, Stage2Recipe
@@ -178,6 +178,38 @@ def test_a_hard_choice_in_stage_2_is_the_served_prompt(family: str) -> None:
         original = stage2_positions(batch, bias, Stage2Recipe(num_steps=1, positions="original"))
         assert torch.equal(original, batch.positions)
         assert not torch.allclose(at(original), served, atol=2e-3, rtol=1e-3)
+
+
+@each_family
+def test_tokens_that_left_need_not_be_computed(family: str) -> None:
+    """Rows without the keys that are gone, more of one than of the other: the same logits."""
+    model, _ = _pair(family)
+    batch = make_batch(model, [_encoded(family)], share_pictures=False)
+    bias = _no_bias(batch)
+    for question, step in zip(batch.questions, (2, 3), strict=True):
+        start, end = question.sequence.starts[0], question.sequence.media_end
+        bias[question.row, start:end:step] = DROPPED
+        bias[question.row, start + 1 : end : 2 * step] = -1.5
+    positions = stage2_positions(batch, bias, Stage2Recipe(num_steps=1))
+    short = without_tokens(batch, positions, bias, bias == DROPPED)
+    assert short.embeddings.shape[1] < batch.embeddings.shape[1]
+    whole_mask, short_mask = (
+        lvlm.biased_mask(b.allowed, key_bias, torch.float32)
+        for b, key_bias in ((batch, bias), (short, short.key_bias))
+    )
+    for question in batch.questions:
+        left = bias[question.row, question.tokens] == DROPPED
+        tokens = question.tokens[~left]
+        rows = torch.full_like(tokens, question.row)
+        where = torch.stack([rows, tokens], dim=1)
+        whole = lvlm.answer_logits(model, batch.embeddings, positions, whole_mask, where)
+        where = torch.stack([rows, short.place[rows, tokens]], dim=1)
+        assert torch.allclose(
+            lvlm.answer_logits(model, short.embeddings, short.positions, short_mask, where),
+            whole,
+            atol=2e-3,
+            rtol=1e-3,
+        )
 
 
 @each_family

@@ -67,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         made_by = provenance() | {"num_questions": len(questions), "seed": args.seed}
         document = {"provenance": made_by, "rows": results.as_json()}
-        Path(args.json).write_text(json.dumps(document) + "\n", encoding="utf-8")
+        text = json.dumps(document, separators=(",", ":"))
+        Path(args.json).write_text(text + "\n", encoding="utf-8")
     if args.plot:
         plot(results, args.plot)
     return 0

@@ -86,7 +86,7 @@ class Results:
                     "low": round(100 * gap.low, 2),
                     "high": round(100 * gap.high, 2),
                 }
-            entry["rights"] = [round(right, 3) for right in row.rights]
+            entry["rights"] = [int(r) if r in (0, 1) else round(r, 3) for r in row.rights]
             listed.append(entry)
         return listed
 

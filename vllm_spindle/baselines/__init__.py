@@ -9,6 +9,7 @@ from vllm_spindle.baselines.d2o import D2O
 from vllm_spindle.baselines.expected_attention import ExpectedAttention
 from vllm_spindle.baselines.full import Full
 from vllm_spindle.baselines.h2o import H2O
+from vllm_spindle.baselines.paper import Paper
 from vllm_spindle.baselines.pyramidinfer import PyramidInfer
 from vllm_spindle.baselines.pyramidkv import PyramidKV
 from vllm_spindle.baselines.random import Random
@@ -27,6 +28,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "adakv": AdaKV,
     "expected_attention": ExpectedAttention,
     "d2o": D2O,
+    "paper": Paper,
     "spindle": Spindle.of,
 }
 

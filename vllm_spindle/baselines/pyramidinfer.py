@@ -1,4 +1,4 @@
-"""PyramidInfer (arXiv:2405.12532): fewer tokens layer by layer, each layer out of the last one's."""
+"""PyramidInfer (arXiv:2405.12532): fewer tokens layer by layer, out of the layer above's."""
 
 import math
 from collections.abc import Sequence

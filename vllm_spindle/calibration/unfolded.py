@@ -11,14 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_spindle.baselines.base import PromptLayer
+from vllm_spindle.baselines.paper import cover_copies
 from vllm_spindle.calibration.attention import attend
 from vllm_spindle.calibration.capture import CapturedPrompt
 from vllm_spindle.core.budget import BandPlan
 from vllm_spindle.core.choice import ChoiceRule, rank_context
-from vllm_spindle.core.codebook import cover_heads, reconstruct
 from vllm_spindle.core.codebook_bytes import dense_bytes, paper_ratio, true_bytes
-from vllm_spindle.core.rotary import rotate_keys, unrotate_keys
-from vllm_spindle.kernels.numba_cover import WINDOW, CompiledBook
 from vllm_spindle.policy import SpindlePolicy
 
 
@@ -55,26 +54,19 @@ def unfold_layer(
         num_kept=num_kept,
     )
     kept = kept.sort(dim=-1).values  # [K, G, N]
-    heads = torch.arange(num_kv_heads)[:, None, None]
-    keys = unrotate_keys(layer.keys[heads, kept], kept, prompt.cos_sin)
-    values = layer.values[heads, kept].float()
-    window = max(1, WINDOW // group)
-    key_books = cover_heads(keys, "kv-group", config.theta_key, window, CompiledBook)
-    value_books = cover_heads(values, "kv-group", config.theta_value, window, CompiledBook)
-    counts = {
-        "num_kept": kept.numel(),
-        "num_key_entries": sum(len(book.entries) for book in key_books),
-        "num_value_entries": sum(len(book.entries) for book in value_books),
-        "head_size": head_size,
-    }
-    keys = torch.cat([reconstruct(book) for book in key_books]).view(keys.shape)
-    values = torch.cat([reconstruct(book) for book in value_books]).view(values.shape)
+    copies = cover_copies(
+        PromptLayer(
+            layer.queries, layer.keys, layer.values, layer.scale, layer_idx, prompt.cos_sin
+        ),
+        kept,
+        (config.theta_key, config.theta_value),
+    )
     # Each query head is a kv head of its own now.
     queries = layer.queries[:, :, -len(prompt.answer) :].flatten(0, 1).unsqueeze(1)
     own_keys, own_values = (t.repeat_interleave(group, 0) for t in (layer.keys, layer.values))
     context = (
-        rotate_keys(keys, kept, prompt.cos_sin).flatten(0, 1),
-        values.flatten(0, 1),
+        copies.keys.flatten(0, 1),
+        copies.values.flatten(0, 1),
         torch.ones(num_kv_heads * group, num_kept, dtype=torch.bool),
     )
     tail = own_keys[:, num_context:], own_values[:, num_context:]
@@ -85,7 +77,9 @@ def unfold_layer(
     error = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-12)
     dense = dense_bytes(num_context * num_kv_heads, head_size)
     return UnfoldedLayer(
-        paper_ratio=float(paper_ratio(num_tokens=num_context * num_kv_heads * group, **counts)),
-        true_ratio=true_bytes(**counts) / dense,
+        paper_ratio=float(
+            paper_ratio(num_tokens=num_context * num_kv_heads * group, **copies.counts)
+        ),
+        true_ratio=true_bytes(**copies.counts) / dense,
         answer_error=float(error.mean()),
     )

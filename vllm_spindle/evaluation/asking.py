@@ -64,7 +64,9 @@ class Offline:
         """
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()  # ours is on the screen
         if num_threads:
             torch.set_num_threads(num_threads)
         try:

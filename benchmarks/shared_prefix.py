@@ -18,21 +18,40 @@ os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
 
 MODEL = "models/needle"
 NUM_REQUESTS, SHARED, OWN, OUTPUT = 64, 1000, 500, 32
+NUM_CHATS, TURNS, SYSTEM, TURN = 32, 6, 400, 150
 
 
-def prompts() -> list[list[int]]:
-    """One shared start, an end of each request's own."""
-    from vllm_spindle.evaluation import needle
-
-    texts = [needle.make_questions(1, SHARED + OWN, seed=s)[0].prompt for s in range(65)]
+def words(seed: int, length: int) -> list[int]:
+    """Tokens of a needle prompt."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    ids = [tokenizer.encode(text) for text in texts]
-    return [ids[0][:SHARED] + other[SHARED:] for other in ids[1:]]
+    from vllm_spindle.evaluation import needle
+
+    text = needle.make_questions(1, max(length, 256), seed=seed)[0].prompt
+    return AutoTokenizer.from_pretrained(MODEL).encode(text)[:length]
 
 
-def run(asks: list[list[int]], spindle: dict[str, Any] | None, caching: bool) -> dict[str, Any]:
+def shared() -> list[list[list[int]]]:
+    """One shared start, an end of each request's own; one turn each."""
+    start = words(0, SHARED)
+    return [[start + words(1 + i, OWN)] for i in range(NUM_REQUESTS)]
+
+
+def chats() -> list[list[list[int]]]:
+    """A system prompt that all share, and turns of each chat's own."""
+    system = words(0, SYSTEM)
+    return [
+        [
+            (system if turn == 0 else []) + words(1 + chat * TURNS + turn, TURN)
+            for turn in range(TURNS)
+        ]
+        for chat in range(NUM_CHATS)
+    ]
+
+
+def run(
+    conversations: list[list[list[int]]], spindle: dict[str, Any] | None, caching: bool
+) -> dict[str, Any]:
     """One side."""
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -55,30 +74,67 @@ def run(asks: list[list[int]], spindle: dict[str, Any] | None, caching: bool) ->
         ignore_eos=True,
         output_kind=RequestOutputKind.CUMULATIVE,
     )
-    engine.add_request("warm-up", {"prompt_token_ids": asks[0][::-1]}, params)
+    engine.add_request("warm-up", {"prompt_token_ids": conversations[0][0][::-1]}, params)
     while engine.has_unfinished_requests():
         engine.step()
-    start, first, cached, peak = time.perf_counter(), {}, 0, 0
-    for i, ask in enumerate(asks):
-        engine.add_request(str(i), {"prompt_token_ids": ask}, params)
-    while engine.has_unfinished_requests():
-        for output in engine.step():
-            if output.outputs[0].token_ids:
-                first.setdefault(output.request_id, time.perf_counter() - start)
-            if output.finished:
-                cached += output.num_cached_tokens or 0
-        peak = max(peak, len(engine.engine_core.engine_core.scheduler.running))
-    seconds = time.perf_counter() - start
+    measured = serve(engine, conversations, params)
     vars(llm).clear()
     del llm, engine
     gc.collect()
     cleanup_dist_env_and_memory()
+    return measured
+
+
+def serve(engine: Any, conversations: list[list[list[int]]], params: Any) -> dict[str, Any]:
+    """Every conversation at once, turn after turn, each turn upon the answers before it."""
+    begun, first, cached, peak = {}, [], 0, 0
+    prompts = {str(i): list(turns[0]) for i, turns in enumerate(conversations)}
+    turn = dict.fromkeys(prompts, 0)
+    start = time.perf_counter()
+
+    def ask(name: str) -> None:
+        begun[name] = time.perf_counter()
+        engine.add_request(f"{name}.{turn[name]}", {"prompt_token_ids": prompts[name]}, params)
+
+    for name in prompts:
+        ask(name)
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            name = output.request_id.partition(".")[0]
+            answer = list(output.outputs[0].token_ids)
+            if answer and name in begun:
+                first.append(time.perf_counter() - begun.pop(name))
+            if output.finished:
+                cached += output.num_cached_tokens or 0
+                turn[name] += 1
+                turns = conversations[int(name)]
+                if turn[name] < len(turns):
+                    prompts[name] = prompts[name] + answer + turns[turn[name]]
+                    ask(name)
+        peak = max(peak, len(engine.engine_core.engine_core.scheduler.running))
     return {
         "hit_tokens": cached,
         "peak_running": peak,
-        "mean_seconds_to_first_token": sum(first.values()) / len(first),
-        "seconds": seconds,
+        "mean_seconds_to_first_token": sum(first) / len(first),
+        "seconds": time.perf_counter() - start,
     }
+
+
+def compare(conversations: list[list[list[int]]], prefix: int) -> dict[str, Any]:
+    """Every side of one kind of traffic."""
+    keep = {"keep_ratio": 0.25}
+    named = {**keep, "protected_prefix_tokens": prefix}
+    auto = {**keep, "protected_prefix_tokens": "auto"}
+    sides = {
+        "stock, cache": (None, True),
+        "stock, no cache": (None, False),
+        "keep 0.25, cache": (keep, True),
+        "keep 0.25, no cache": (keep, False),
+        "keep 0.25, prefix named, cache": (named, True),
+        "keep 0.25, prefix named, no cache": (named, False),
+        "keep 0.25, prefix found, cache": (auto, True),
+    }
+    return {name: run(conversations, *side) for name, side in sides.items()}
 
 
 def main() -> None:
@@ -91,22 +147,20 @@ def main() -> None:
     from vllm_spindle.bench.provenance import provenance
 
     torch.set_num_threads(1)
-    asks = prompts()
-    keep = {"keep_ratio": 0.25}
+    traffic = {"shared prefix": (shared(), SHARED), "chats": (chats(), SYSTEM)}
     sides = {
-        "stock, cache": run(asks, None, True),
-        "stock, no cache": run(asks, None, False),
-        "keep 0.25, cache": run(asks, keep, True),
-        "keep 0.25, no cache": run(asks, keep, False),
-        "keep 0.25 uniform, cache": run(asks, {**keep, "budget": "uniform"}, True),
+        name: compare(conversations, prefix) for name, (conversations, prefix) in traffic.items()
     }
     settings = {"model": MODEL, "requests": NUM_REQUESTS, "shared": SHARED, "own": OWN,
+                "chats": NUM_CHATS, "turns": TURNS, "system": SYSTEM, "turn": TURN,
                 "output": OUTPUT, "kv_cache_mib": 16, "block_size": 32}  # fmt: skip
     report = {"sides": sides, "settings": settings, "provenance": provenance()}
     with open(args.out, "w", encoding="utf-8") as file:
         json.dump(report, file, indent=2)
-    for name, side in sides.items():
-        print(f"{name:26s}", {k: round(v, 3) for k, v in side.items()})
+    for name, compared in sides.items():
+        print(name)
+        for side, figures in compared.items():
+            print(f"  {side:38s}", {k: round(v, 3) for k, v in figures.items()})
 
 
 if __name__ == "__main__":

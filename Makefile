@@ -8,6 +8,7 @@ PYTHON := $(shell for p in python3.11 python3; do $$p -c '' 2>/dev/null && { ech
 # vLLM binds its threads itself and is left alone.
 ENV := VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 $(if $(filter 1 2,$(shell nproc)),OMP_NUM_THREADS=1)
 BENCH_JSON := build/bench-capacity.json
+QUALITY := --lengths 512 --num-questions 40 --budgets 0.5,0.4,0.3,0.25,0.2,0.15 --num-workers $(shell nproc) --plots
 # Paths or options for pytest: make test T='tests/engine -x'
 T := tests
 
@@ -15,7 +16,7 @@ T := tests
 SETUP := $(if $(filter file,$(origin BIN)),setup)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check format needle shapes bench clean distclean
+.PHONY: help setup demo test test-fast check format needle recall shapes bench quality kvpress clean distclean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -45,6 +46,9 @@ format: $(SETUP)  ## formatting and the fixes ruff is sure of
 needle: $(SETUP)  ## train models/needle again, from generated data
 	$(BIN)/python models/needle/train.py --out models/needle
 
+recall: $(SETUP)  ## train models/recall again, from generated data; goes on where it was killed
+	OMP_NUM_THREADS=1 $(BIN)/python models/recall/train.py --out models/recall
+
 shapes: $(SETUP)  ## train models/shapes again, from generated pictures; goes on where it was killed
 	$(BIN)/python models/shapes/train.py --out models/shapes
 
@@ -52,9 +56,21 @@ bench: $(SETUP)  ## capacity and speed, stock against plugin (JSON in BENCH_JSON
 	@mkdir -p $(dir $(BENCH_JSON))
 	$(ENV) $(BIN)/vllm-spindle bench capacity --model models/needle --json $(BENCH_JSON)
 
+quality: $(SETUP)  ## README's "What do I lose?": every method, both bundled models; goes on where it stopped
+	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(BIN)/python -m pip install --quiet 'matplotlib>=3.9,<4'
+	$(ENV) $(BIN)/vllm-spindle eval --model models/needle $(QUALITY) --out build/quality/needle
+	$(ENV) $(BIN)/vllm-spindle eval --model models/recall $(QUALITY) --out build/quality/recall
+
+kvpress: $(SETUP)  ## .venv-kvpress with kvpress 0.5.5, then its presses beside our baselines
+	@test -x .venv-kvpress/bin/python || $(PYTHON) -m venv .venv-kvpress
+	@.venv-kvpress/bin/python -c 'import kvpress' 2>/dev/null || { \
+		.venv-kvpress/bin/python -m pip install --quiet --only-binary=:all: -r requirements/kvpress.txt && \
+		.venv-kvpress/bin/python -m pip install --quiet --no-deps kvpress==0.5.5; }
+	$(ENV) $(BIN)/python benchmarks/kvpress_side.py --out benchmarks/results/kvpress_side.json
+
 clean:  ## build outputs and caches; keeps .venv
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean  ## .venv too
-	rm -rf .venv
+distclean: clean  ## .venv and .venv-kvpress too
+	rm -rf .venv .venv-kvpress

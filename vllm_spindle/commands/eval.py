@@ -207,7 +207,14 @@ def _endpoint(url: str, model: str | None) -> Any:
         if tokenizer is None:
             raise ValueError(f"--model {model}: no tokenizer there")
         config = AutoConfig.from_pretrained(model)
-    return Endpoint(url, tokenizer, config)
+    endpoint = Endpoint(url, tokenizer, config)
+    if not endpoint.shows_spindle:
+        print(
+            f"warning: no spindle counters on the /metrics of {url}: without the plugin the "
+            "budgets are ignored and every row is full KV",
+            file=sys.stderr,
+        )
+    return endpoint
 
 
 def _settings(args: argparse.Namespace, asker: Any) -> dict[str, Any]:

@@ -22,6 +22,8 @@ class Endpoint:
     Attributes:
         model: name that it serves.
         dialect: what it reads.
+        shows_spindle: whether its ``/metrics`` has our counters. Without the plugin a server takes
+            the ratio and does nothing with it.
     """
 
     def __init__(self, url: str, tokenizer: Any | None = None, config: Any = None) -> None:
@@ -43,6 +45,8 @@ class Endpoint:
             self.model = str(listed["data"][0]["id"])
         except (httpx.HTTPError, ValueError, KeyError, IndexError) as error:
             raise RuntimeError(f"no server answers at {self._url}/models ({error})") from None
+        metrics = self._client.get(self._url.removesuffix("/v1") + "/metrics")
+        self.shows_spindle = metrics.is_success and "vllm:spindle" in metrics.text
 
     def ask(self, cell: Cell, sample: Sample) -> Reply:
         """The answer; the follow-up, if any, ends the prompt.

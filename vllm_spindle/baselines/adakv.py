@@ -29,12 +29,12 @@ class AdaKV(SnapKV):
     pool: PoolName = "max"
     floor_ratio: float = 0.2
 
-    def head_budgets(self, scores: Tensor, num_kept: int) -> list[int]:
+    def head_budgets(self, scores: Tensor, num_kept: int) -> list[int] | None:
         num_kv_heads, num_context = scores.shape
+        if num_kept in (0, num_context):
+            return None  # nothing to compete for
         # The lengths beside the rows take the place of one row.
-        total = max(0, num_kv_heads * num_kept - 1) if num_kept < num_context else num_kept
-        if num_kept >= num_context:
-            return [num_context] * num_kv_heads
+        total = num_kv_heads * num_kept - 1
         best = torch.topk(scores.flatten(), total).indices // num_context
         counts = torch.bincount(best, minlength=num_kv_heads).tolist()
         floor = Fraction(str(self.floor_ratio))

@@ -21,7 +21,8 @@ class PyramidInfer(Baseline):
     Scores: attention of the last ``1 + recent_ratio * l`` queries, weighted from 1.0 to 1.2 towards
     the newest, mean over queries and heads; the first 4 tokens are kept. Layer i keeps
     ``(1 - p)(cos(pi i / m) + 1) / 2 + p`` of what the one above kept, so the shares multiply. The
-    release has p = 0.9; here p is what makes all layers together fill the budget.
+    release has p = 0.9; here p is what makes all layers together fill the budget, and where p = 0
+    still leaves more, all shares are scaled down.
 
     Differs from the release: there those queries' tokens are all kept, a fifth of the prompt; here
     at most half of a layer's budget. And the release drops tokens from the computation of deeper

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from vllm_covipal.evaluation.accuracy import ALL, Results, Row
+from vllm_covipal.evaluation.accuracy import ALL, REFERENCE, Results, Row
 from vllm_covipal.evaluation.bootstrap import difference_interval, mean_interval
 
 
@@ -47,22 +47,31 @@ def plot(results: Results, path: str | Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
-    figure: Any = Figure(figsize=(7, 5), layout="constrained")
+    from matplotlib import colormaps
+
+    figure: Any = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     by_method: dict[str, list[Row]] = {}
     for row in results.rows:
         by_method.setdefault(row.method, []).append(row)
-    for method, rows in by_method.items():
+    colors = colormaps["tab20"].colors  # type: ignore[attr-defined]
+    for i, (method, rows) in enumerate(by_method.items()):
+        look: dict[str, Any] = {"color": colors[i % len(colors)], "label": method}
         intervals = [mean_interval(row.rights) for row in rows]
         if rows[0].keep_ratio is None:
-            axes.axhline(100 * intervals[0].mean, linestyle=":", linewidth=1, label=method)
+            axes.axhline(100 * intervals[0].mean, linestyle=":", linewidth=1, **look)
             continue
         ratios = [row.keep_ratio for row in rows]
-        axes.plot(ratios, [100 * i.mean for i in intervals], marker="o", label=method)
+        width = 2.5 if method == REFERENCE else 1.2
+        style = "-o" if i < len(colors) else "--s"
+        axes.plot(ratios, [100 * i.mean for i in intervals], style, linewidth=width, **look)
         bands = [[100 * i.low for i in intervals], [100 * i.high for i in intervals]]
-        axes.fill_between(ratios, *bands, alpha=0.15)
+        axes.fill_between(ratios, *bands, alpha=0.12, color=look["color"])
     axes.set_xscale("log")
-    axes.set_xlabel("visual tokens kept, share")
+    shown = sorted({row.keep_ratio for row in results.rows if row.keep_ratio is not None})
+    axes.set_xticks(shown, [f"{100 * ratio:g} %" for ratio in shown], minor=False)
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("visual tokens kept")
     axes.set_ylabel(f"right answers ({ALL}), %")
-    axes.legend(fontsize=7)
-    figure.savefig(path)
+    figure.legend(fontsize=7, loc="outside right upper")
+    figure.savefig(path, dpi=110)

@@ -11,6 +11,7 @@ import math
 import random
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -93,6 +94,7 @@ def train(
     Raises:
         ValueError: if the folder holds another run, or a dial does not fit the model.
     """
+    started, started_on_cpu = time.perf_counter(), time.process_time()
     out = Path(recipe.out)
     guide_layer = _guide_layer(recipe, model)
     if accelerator.is_main_process:
@@ -122,7 +124,12 @@ def train(
         _run_stage(run, module, stage, resumed, report)
     if accelerator.is_main_process:
         save_pruning_module(module, out)
-        checkpoint.write_json(out / "provenance.json", made_by)
+        seconds = {
+            "clock": round(time.perf_counter() - started, 1),
+            "processor": round(time.process_time() - started_on_cpu, 1),
+            "goes_on_from": asdict(progress) if progress else None,
+        }
+        checkpoint.write_json(out / "provenance.json", made_by | {"seconds": seconds})
     accelerator.wait_for_everyone()
     return module
 

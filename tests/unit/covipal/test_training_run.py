@@ -86,6 +86,7 @@ def test_both_stages_run_on_every_family(tmp_path: Path, family: str) -> None:
     made_by = json.loads((tmp_path / "provenance.json").read_text(encoding="utf-8"))
     assert made_by["recipe"]["stage2"]["keep_ratio"] == [0.25, 0.5]
     assert made_by["versions"]["torch"] == torch.__version__
+    assert made_by["seconds"]["clock"] > 0 and made_by["seconds"]["goes_on_from"] is None
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 

@@ -54,7 +54,7 @@ def plot(results: Results, path: str | Path) -> None:
     by_method: dict[str, list[Row]] = {}
     for row in results.rows:
         by_method.setdefault(row.method, []).append(row)
-    colors = colormaps["tab20"].colors  # type: ignore[attr-defined]
+    colors = colormaps["tab20"].colors
     for i, (method, rows) in enumerate(by_method.items()):
         look: dict[str, Any] = {"color": colors[i % len(colors)], "label": method}
         intervals = [mean_interval(row.rights) for row in rows]

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=4, metavar="N")
     parser.add_argument("--dtype", default="auto", help="of the model's weights (default: auto)")
     parser.add_argument("--num-threads", type=int, metavar="N", help="torch's, on a CPU")
+    parser.add_argument(
+        "--rows-from",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="--json of another run over the same questions: its rows come first in the table",
+    )
     parser.add_argument("--json", metavar="FILE", help="write all figures, question by question")
     parser.add_argument("--markdown", metavar="FILE", help="write the table")
     parser.add_argument("--plot", metavar="FILE", help="write a plot (needs matplotlib)")
@@ -59,13 +67,17 @@ def run(args: argparse.Namespace) -> int:
     from vllm_covipal.evaluation.table import markdown, plot
 
     questions = _questions(args)
+    earlier = [_read_rows(path, questions, args.seed) for path in args.rows_from]
     results = _served(args, questions) if args.endpoint else _local(args, questions)
+    results.rows[:0] = [row for _, rows in earlier for row in rows]
     text = markdown(results)
     print(text, end="")
     if args.markdown:
         Path(args.markdown).write_text(text, encoding="utf-8")
     if args.json:
         made_by = provenance() | {"num_questions": len(questions), "seed": args.seed}
+        made_by["command"] = " ".join(["vllm-covipal", *sys.argv[1:]])
+        made_by["rows_from"] = [of_report for of_report, _ in earlier]
         document = {"provenance": made_by, "rows": results.as_json()}
         text = json.dumps(document, separators=(",", ":"))
         Path(args.json).write_text(text + "\n", encoding="utf-8")
@@ -95,9 +107,39 @@ def _served(args: argparse.Namespace, questions: Any) -> Any:
     results = Results(questions)
     for keep_ratio in (1.0, *args.keep_ratio):
         said = endpoint.answer(questions, keep_ratio)
-        method = "full" if keep_ratio == 1 else SERVED
-        results.rows.append(row_of(method, keep_ratio, questions, [said]))
+        results.rows.append(row_of(SERVED, keep_ratio, questions, [said]))
     return results
+
+
+def _read_rows(path: str, questions: Any, seed: int | None) -> tuple[dict[str, Any], list[Any]]:
+    """What made a report of ``--json``, and its rows.
+
+    Raises:
+        ValueError: if it is none, or over other questions.
+    """
+    from vllm_covipal.evaluation.accuracy import Row
+
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+        made_by = document["provenance"]
+        rows = [
+            Row(
+                row["method"],
+                row["keep_ratio"],
+                tuple(row["rights"]),
+                row["visual_tokens_per_layer"],
+            )
+            for row in document["rows"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--rows-from {path}: not a report of --json ({error!r})") from None
+    theirs, ours = (made_by["num_questions"], made_by["seed"]), (len(questions), seed)
+    if theirs != ours:
+        raise ValueError(
+            f"--rows-from {path}: {theirs[0]} questions of seed {theirs[1]}, "
+            f"here {ours[0]} of seed {ours[1]}"
+        )
+    return made_by, rows
 
 
 def _local(args: argparse.Namespace, questions: Any) -> Any:

@@ -151,6 +151,21 @@ def test_the_command(tmp_path: Path, capsys: Any) -> None:
     assert [row["method"] for row in rows] == ["full", "ppm, other question", "grid"]
     assert rows[0]["accuracy"]["all"]["questions"] == 8 and len(rows[0]["rights"]) == 8
     assert "| grid | 0.1 | 15 |" in capsys.readouterr().out
+    again = ["eval", "--model", str(SHAPES), "--ppm", str(SHAPES_PPM), "--methods", "ppm"]
+    again += ["--keep-ratio", "0.1", "--rows-from", str(out), "--num-questions"]
+    assert cli.main([*again, "8", "--json", str(tmp_path / "all.json")]) == 0
+    document = json.loads((tmp_path / "all.json").read_text(encoding="utf-8"))
+    assert [row["method"] for row in document["rows"]] == [
+        "full",
+        "ppm, other question",
+        "grid",
+        "ppm",
+    ]
+    assert document["rows"][2]["rights"] == rows[2]["rights"]
+    assert "ppm_ahead_by" in document["rows"][2] and "ppm_ahead_by" not in rows[2]
+    assert document["provenance"]["rows_from"][0]["num_questions"] == 8
+    assert cli.main([*again, "4"]) == 2
+    assert "8 questions of seed 3000017, here 4" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

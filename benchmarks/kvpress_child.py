@@ -19,6 +19,7 @@ from kvpress import (
     StreamingLLMPress,
 )
 from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.utils.logging import disable_progress_bar
 
 
 def make_press(method: str, ratio: float, dials: dict[str, int]) -> Any:
@@ -35,6 +36,19 @@ def make_press(method: str, ratio: float, dials: dict[str, int]) -> Any:
     return MergingPress(press=snapkv) if method == "merging" else snapkv
 
 
+def drop_last(layer: Any, last_keys: torch.Tensor) -> None:
+    """Take the prompt's last token off a layer, where every head has kept it.
+
+    Presses leave rows in order of score, so it is found by its key. last_keys: [1, heads, 1, size].
+    """
+    is_last = (layer.keys == last_keys).all(-1)  # [1, heads, rows]
+    if not bool((is_last.sum(-1) == 1).all()):
+        return
+    shape = (*is_last.shape[:2], is_last.shape[2] - 1, layer.keys.shape[-1])
+    layer.keys = layer.keys[~is_last].reshape(shape)
+    layer.values = layer.values[~is_last].reshape(shape)
+
+
 @torch.inference_mode()
 def answer(
     model: Any, press: Any, sample: dict[str, list[int]], most: int, stop_ids: set[int]
@@ -49,6 +63,12 @@ def answer(
         model.model(input_ids=torch.tensor([prompt]), past_key_values=cache)
     lengths = [layer.keys.shape[2] for layer in cache.layers]
     position, said = len(prompt), []
+    if not unread:  # the question is in the prompt: its last token is read again
+        whole = DynamicCache()
+        model.model(input_ids=torch.tensor([prompt]), past_key_values=whole)
+        for layer, before in zip(cache.layers, whole.layers, strict=True):
+            drop_last(layer, before.keys[:, :, -1:])
+        position, unread = position - 1, [prompt[-1]]
     while len(said) < most:
         while unread:
             ids, place = torch.tensor([[unread.pop(0)]]), torch.tensor([[position]])
@@ -66,6 +86,7 @@ def main() -> int:
     """Answer every sample under every press."""
     job = json.load(sys.stdin)
     torch.set_num_threads(1)
+    disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval()
     stop_ids, runs = set(job["stop_ids"]), []
     for run in job["runs"]:

@@ -3,9 +3,9 @@
     make kvpress            # once: .venv-kvpress
     python benchmarks/kvpress_side.py --out benchmarks/results/kvpress_side.json
 
-kvpress answers in a process and an environment of its own. Dials are the same on both sides:
-``DIALS``. Both reduce the prompt without its last token, then read that and what follows, so the
-first token of an answer comes from the reduced cache.
+kvpress answers in a process and an environment of its own, with the same dials: ``METHODS``. A
+question in the prompt has its last token read again, so that the first token of an answer comes
+from the reduced cache on both sides.
 """
 
 import argparse
@@ -55,8 +55,6 @@ def make_samples(tokenizer: Any, protocol: str, count: int, length: int) -> list
         sample = make_sample(protocol, dialect, item, SEED)
         prompt = list(tokenizer(sample.prompt).input_ids)
         followup = list(tokenizer(sample.followups[0], add_special_tokens=False).input_ids)
-        if not followup:
-            prompt, followup = prompt[:-1], prompt[-1:]
         samples.append({"prompt": prompt, "followup": followup, "answer": sample.answers[0]})
     return samples
 
@@ -144,11 +142,13 @@ def main() -> int:
         return 2
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
     from vllm_spindle.bench.provenance import provenance
     from vllm_spindle.evaluation.needle import MAX_NEW_TOKENS
 
     torch.set_num_threads(1)
+    disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     runs = [{"method": m, "ratio": r, "dials": METHODS[m][2]} for m in METHODS for r in RATIOS]

@@ -81,12 +81,16 @@ def reduce_layer(
 def reduce_prompt(
     policy: SpindlePolicy, method: MethodName, plan: BandPlan, layer: PromptLayer, seed: int
 ) -> Reduced:
-    """One layer's context in ``plan.reduced_blocks`` blocks. seed: of the random score.
+    """One layer's context in ``plan.reduced_blocks`` blocks, behind a protected prefix if any.
+
+    Args:
+        seed: of the random score.
 
     Raises:
         ValueError: if a codebook is to merge keys that no plain rotation turned.
     """
     num_context = plan.tail_block * policy.block_size
+    num_protected = plan.prefix_blocks * policy.block_size
     if not plan.is_reduced:
         everything = torch.arange(num_context).expand(layer.keys.shape[0], -1)
         context = dense(layer.keys[:, :num_context], layer.values[:, :num_context])
@@ -96,36 +100,48 @@ def reduce_prompt(
     queries = layer.queries[:, :, -config.window :]
 
     def rank(num_kept: int) -> Tensor:
-        counts = {"num_context": num_context, "num_kept": num_kept}
-        return rank_context(rule, queries, layer.keys, scale=layer.scale, **counts)
+        return rank_context(
+            rule,
+            queries,
+            layer.keys,
+            scale=layer.scale,
+            num_context=num_context,
+            num_kept=num_kept,
+            num_protected=num_protected,
+        )
 
     if method == "evict":
         kept = _sorted(rank(plan.reduced_blocks * policy.block_size // _num_copies(policy)))
         heads = torch.arange(layer.keys.shape[0])
         heads = heads if kept.dim() == 2 else heads.repeat_interleave(kept.shape[1])
         kept = kept.view(len(heads), -1)
+        kept = torch.cat([torch.arange(num_protected).expand(len(heads), -1), kept], dim=1)
         context = dense(
             gather_kept(layer.keys[heads], kept), gather_kept(layer.values[heads], kept)
         )
         return Reduced(context, num_context, kept)
     head_size = layer.keys.shape[-1]
     shape = codebook_shape(config, method, plan, policy.block_size, head_size)
+    prefix = dense(layer.keys[:, :num_protected], layer.values[:, :num_protected])
+    prefix_positions = torch.arange(num_protected).expand(layer.keys.shape[0], -1)
     if shape.num_tokens == 0:
-        nothing = torch.zeros(layer.keys.shape[0], 0, dtype=torch.int64)
-        return Reduced(dense(layer.keys[:, :0], layer.values[:, :0]), num_context, nothing)
+        return Reduced(prefix, num_context, prefix_positions)
     if layer.cos_sin is None:
         raise ValueError(f"method {method!r}: the keys are not turned by a plain rotation")
     heads = admit_layer(
         unrotate_keys(layer.keys[:, :num_context], torch.arange(num_context), layer.cos_sin),
         layer.values[:, :num_context],
-        rank(num_context),
+        rank(num_context - num_protected),
         (config.theta_key, config.theta_value),
         (shape.num_key_entries, shape.num_value_entries, shape.num_tokens),
     )
     num_refused = sum(head.num_refused for head in heads)
-    overflow = num_refused / (len(heads) * num_context)
+    overflow = num_refused / (len(heads) * (num_context - num_protected))
     positions = pad_sequence([head.tokens for head in heads], batch_first=True)
-    return Reduced(_context(heads, layer.cos_sin), num_context, positions, overflow)
+    merged = zip(prefix, _context(heads, layer.cos_sin), strict=True)
+    keys, values, is_there = (torch.cat([before, after], dim=1) for before, after in merged)
+    positions = torch.cat([prefix_positions, positions], dim=1)
+    return Reduced((keys, values, is_there), num_context, positions, overflow)
 
 
 def dense(keys: Tensor, values: Tensor) -> Context:

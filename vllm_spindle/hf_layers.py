@@ -160,6 +160,13 @@ class QueryLayer(DynamicLayer):
         self.keys = self.keys[:, :, reduced.num_context :].clone()
         self.values = self.values[:, :, reduced.num_context :].clone()
 
+    def load(self, layer: PromptLayer) -> None:
+        """Hold a prompt that another cache has read."""
+        self.reset()
+        keys, values = layer.keys.unsqueeze(0), layer.values.unsqueeze(0)
+        self.lazy_initialization(keys, values)
+        self.keys, self.values, self.num_seen = keys, values, layer.num_tokens
+
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest ``-tokens_to_remove`` tokens, all of which must be dense.
 
@@ -178,7 +185,8 @@ class QueryLayer(DynamicLayer):
 
     def reset(self) -> None:
         super().reset()
-        QueryLayer.__init__(self)
+        self.num_seen, self.reduced, self._context = 0, None, None
+        self._queries, self._waits = [], False
 
 
 class QueryCache(Cache):

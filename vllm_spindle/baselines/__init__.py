@@ -10,6 +10,7 @@ from vllm_spindle.baselines.expected_attention import ExpectedAttention
 from vllm_spindle.baselines.full import Full
 from vllm_spindle.baselines.h2o import H2O
 from vllm_spindle.baselines.paper import Paper
+from vllm_spindle.baselines.profiled import Profiled
 from vllm_spindle.baselines.pyramidinfer import PyramidInfer
 from vllm_spindle.baselines.pyramidkv import PyramidKV
 from vllm_spindle.baselines.random import Random
@@ -30,6 +31,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "d2o": D2O,
     "paper": Paper,
     "spindle": Spindle.of,
+    "profiled": Profiled,
 }
 
 

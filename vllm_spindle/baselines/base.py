@@ -196,25 +196,26 @@ def total_tokens(layers: Sequence[PromptLayer], byte_ratio: float) -> int:
 
 
 def share_tokens(weights: Sequence[Fraction], total: int, num_tokens: int) -> list[int]:
-    """``total`` tokens over layers by weight, each 1 to ``num_tokens``, no layer beyond its tokens.
+    """``total`` tokens over layers by weight, 1 to ``num_tokens`` each."""
+    return share_out(fill(weights, total, num_tokens), total, floor=1, cap=num_tokens)
 
-    What a layer cannot hold goes to the others, by weight again.
-    """
+
+def fill(weights: Sequence[Fraction], total: int, cap: int) -> list[Fraction]:
+    """``total`` by weight, none above ``cap``: what one cannot hold goes to the others."""
+    left, unfilled = Fraction(total), dict(enumerate(weights))
     quotas = [Fraction(0)] * len(weights)
-    room = list(range(len(weights)))
-    left = Fraction(total)
-    while room and left > 0:
-        weight = sum((weights[i] for i in room), Fraction(0))
-        shares = {i: left * weights[i] / weight if weight else left / len(room) for i in room}
-        full = [i for i in room if quotas[i] + shares[i] >= num_tokens]
-        for i in full or room:
-            step = min(shares[i], num_tokens - quotas[i])
-            quotas[i] += step
-            left -= step
+    while unfilled and left > 0:
+        weight = sum(unfilled.values(), Fraction(0))
+        alike = left / len(unfilled)
+        due = {i: left * w / weight if weight else alike for i, w in unfilled.items()}
+        full = [i for i in unfilled if due[i] >= cap]
+        for i in full or due:
+            quotas[i] = min(due[i], Fraction(cap))
         if not full:
             break
-        room = [i for i in room if i not in full]
-    return share_out(quotas, total, floor=1, cap=num_tokens)
+        left -= cap * len(full)
+        unfilled = {i: w for i, w in unfilled.items() if i not in full}
+    return quotas
 
 
 def keep_all(layer: PromptLayer) -> ReducedLayer:

@@ -91,6 +91,7 @@ def received_attention(
     scale: float,
     *,
     first_position: int,
+    stride: int = 1,
     min_distance: int = 0,
     weights: Tensor | None = None,
     reduction: Literal["sum", "max"] = "sum",
@@ -101,10 +102,12 @@ def received_attention(
     causal attention never sees a later chunk.
 
     Args:
-        queries: rotated queries of the tokens from ``first_position`` on. [K, G, Q, D].
+        queries: rotated queries of every ``stride``-th token from ``first_position`` on.
+            [K, G, Q, D].
         keys: rotated keys of T tokens. [K, T, D].
         scale: softmax scale.
         first_position: of the first query. At T or later all tokens are in its past.
+        stride: tokens from one query to the next.
         min_distance: attention over a shorter distance does not count, though it takes its part of
             the softmax: what a token's own sentence looks at says little about later use.
         weights: of each query; None for 1. [Q].
@@ -120,7 +123,7 @@ def received_attention(
     received = torch.zeros(num_kv_heads, group, num_tokens, device=keys.device)
     for start in range(0, num_queries, QUERIES_AT_ONCE):
         part = queries[:, :, start : start + QUERIES_AT_ONCE]
-        rows = torch.arange(part.shape[2], device=keys.device) + first_position + start
+        rows = first_position + stride * (start + torch.arange(part.shape[2], device=keys.device))
         distance = rows[:, None] - places
         flat = (part.float() * scale).reshape(num_kv_heads, -1, head_size)
         logits = torch.bmm(flat, transposed).view(*part.shape[:3], num_tokens)

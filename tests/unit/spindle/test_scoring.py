@@ -1,14 +1,19 @@
 """Importance of cached tokens: against plain loops."""
 
+import itertools
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 import oracles
+from vllm_spindle.core import scoring
 from vllm_spindle.core.scoring import (
     paper_importance,
     pooled_importance,
     random_importance,
+    received_attention,
     window_attention,
 )
 
@@ -72,6 +77,58 @@ def test_pooled_importance_refuses_even_kernels(pool_kernel: int) -> None:
     """An even or non-positive kernel is refused with its value."""
     with pytest.raises(ValueError, match=f"pool_kernel .* got {pool_kernel}"):
         pooled_importance(torch.ones(1, 1, 4), 4, pool_kernel=pool_kernel)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "max"])
+@pytest.mark.parametrize(("stride", "min_distance"), [(1, 0), (1, 3), (3, 0), (2, 4)])
+def test_received_attention_equals_the_loop(
+    monkeypatch: pytest.MonkeyPatch, reduction: Any, stride: int, min_distance: int
+) -> None:
+    """A softmax per query; what is too near takes its part of it and does not count."""
+    monkeypatch.setattr(scoring, "QUERIES_AT_ONCE", 3)
+    queries, keys = 2 * _random(2, 3, 9, 6), _random(2, 9, 6, seed=1)
+    expected = torch.zeros(2, 3, 9)
+    for k, g, b in itertools.product(range(2), range(3), range(1, 9, stride)):
+        row = torch.softmax(keys[k, : b + 1] @ queries[k, g, b] * 0.4, dim=0)
+        for a in range(b + 1 - min_distance if min_distance else b + 1):
+            before = float(expected[k, g, a])
+            expected[k, g, a] = before + row[a] if reduction == "sum" else max(before, row[a])
+    found = received_attention(
+        queries[:, :, 1::stride],
+        keys,
+        0.4,
+        first_position=1,
+        stride=stride,
+        min_distance=min_distance,
+        reduction=reduction,
+    )
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "max"])
+def test_received_attention_comes_in_chunks(reduction: Any) -> None:
+    """Chunks over the keys so far give what the whole gives."""
+    queries, keys = _random(2, 2, 11, 6), _random(2, 11, 6, seed=1)
+    dials = {"min_distance": 2, "reduction": reduction}
+    whole = received_attention(queries, keys, 0.4, first_position=0, **dials)
+    joined = torch.zeros(2, 2, 11)
+    for first, stop in ((0, 4), (4, 5), (5, 11)):
+        part = received_attention(
+            queries[:, :, first:stop], keys[:, :stop], 0.4, first_position=first, **dials
+        )
+        part = torch.nn.functional.pad(part, (0, 11 - stop))
+        joined = joined + part if reduction == "sum" else torch.maximum(joined, part)
+    torch.testing.assert_close(joined, whole)
+
+
+def test_received_attention_weighs_queries_and_looks_back_on_everything() -> None:
+    """Weights multiply; queries behind all tokens see all of them."""
+    queries, keys = _random(1, 1, 2, 4), _random(1, 5, 4, seed=1)
+    rows = torch.softmax(queries[0, 0] @ keys[0].T * 0.5, dim=-1)
+    found = received_attention(
+        queries, keys, 0.5, first_position=5, weights=torch.tensor([2.0, 0.5])
+    )
+    torch.testing.assert_close(found[0, 0], 2 * rows[0] + 0.5 * rows[1])
 
 
 @pytest.mark.parametrize("num_context", [1, 6, 9])

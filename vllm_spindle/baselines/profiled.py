@@ -4,8 +4,9 @@ Three parts, each of which can be taken out alone:
 
 - ``score``: the most attention that a token received from ``min_distance`` or more tokens later,
   from all of the prompt's queries, the window's among them (``core/scoring.received_attention``).
-  So tokens are kept for questions that nobody has asked yet. ``window`` scores by the last queries
-  alone, as SnapKV does.
+  So tokens are kept for questions that nobody has asked yet. ``repeated`` asks the same of the
+  prompt's queries when it is read a second time behind itself, which costs a second prefill.
+  ``window`` scores by the last queries alone, as SnapKV does.
 - ``pool_kernel``: the maximum over neighbours. Without it the later tokens of an answer are lost.
 - ``profile``: how the bytes are shared among layers, found by ``calibration/profile.py`` on prompts
   of the kind that will be asked. None for all layers alike.
@@ -51,7 +52,7 @@ class Profiled(Method):
 
     Attributes:
         profile: measured; shares between two of its points are on the line between them.
-        score: ``received``, or ``window`` or ``random`` for ablation.
+        score: ``received`` or ``repeated``; ``window`` or ``random`` for ablation.
         pool_kernel: neighbours, odd; 1 for none.
         min_distance: tokens; attention over less does not count.
         stride: every so many of the prompt's queries score, and the window's.
@@ -62,13 +63,17 @@ class Profiled(Method):
     """
 
     profile: Profile | None = None
-    score: Literal["received", "window", "random"] = "received"
+    score: Literal["received", "repeated", "window", "random"] = "received"
     pool_kernel: int = 5
     min_distance: int = 16
     stride: int = 1
     gqa: Literal["max", "mean", "union"] = "max"
     window: int = 32
     block_size: int = 16
+
+    @property
+    def reads_twice(self) -> bool:  # type: ignore[override]
+        return self.score == "repeated"
 
     def reduce(self, layers: Sequence[PromptLayer], byte_ratio: float) -> list[ReducedLayer]:
         total_tokens(layers, byte_ratio)  # refuses what cannot be
@@ -102,6 +107,16 @@ class Profiled(Method):
         first = layer.num_tokens - window
         if self.score == "window":
             attention = window_attention(layer.queries[:, :, first:], layer.keys, layer.scale)
+        elif self.score == "repeated":
+            if layer.repeated is None:
+                raise ValueError("score 'repeated': the prompt was read once only")
+            attention = received_attention(
+                layer.repeated,
+                layer.keys,
+                layer.scale,
+                first_position=layer.num_tokens,
+                reduction="max",
+            )
         else:
             attention = torch.maximum(self._received(layer, 0, first), self._received(layer, first))
         return pooled_importance(attention, num_context, pool_kernel=self.pool_kernel)

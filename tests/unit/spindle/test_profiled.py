@@ -12,6 +12,7 @@ from vllm_spindle.baselines.base import PromptLayer
 from vllm_spindle.baselines.profiled import Profiled, interpolate, profile_of
 from vllm_spindle.calibration.profile import divergence, measure_profile, read
 from vllm_spindle.core.scoring import received_attention, window_attention
+from vllm_spindle.hf_layers import QueryCache, enable
 
 NUM_LAYERS, KV_HEADS, GROUP, NUM_TOKENS, HEAD_SIZE = 3, 2, 2, 70, 8
 CONTEXT = 52  # what is not in the blocks of a window of 16, at 4 tokens a block
@@ -85,6 +86,28 @@ def test_strides_leave_the_window_whole(layers: list[PromptLayer]) -> None:
         row = received_attention(queries[:, :, t : t + 1], layers[0].keys, 0.4, first_position=t)
         expected = torch.maximum(expected, row)
     torch.testing.assert_close(found, expected[..., :CONTEXT])
+
+
+def test_a_prompt_may_be_read_twice(model: Any) -> None:
+    """The second reading's queries score, and leave nothing else behind."""
+    ids = torch.tensor([tiny.prompts(1, [64])[0]["prompt_token_ids"]])
+    enable(model)
+    once, twice = QueryCache(model.config), QueryCache(model.config)
+    with torch.inference_mode():
+        model(ids, past_key_values=once)
+        model(ids, past_key_values=twice)
+        model(ids, past_key_values=twice)
+    method = Profiled(score="repeated", pool_kernel=1, **DIALS)
+    assert method.reads_twice and not Profiled().reads_twice
+    for first, second in zip(once.prompt(None), twice.prompt(None, 64), strict=True):
+        assert twice.get_seq_length() == 64
+        torch.testing.assert_close(first.keys, second.keys)
+        torch.testing.assert_close(first.queries, second.queries)
+        rows = torch.einsum("kgqd,ktd->kgqt", second.repeated, second.keys) * second.scale
+        expected = rows.softmax(-1).amax(2)[..., :40]
+        torch.testing.assert_close(method.scores(second, 40), expected)
+        with pytest.raises(ValueError, match="read once only"):
+            method.scores(first, 40)
 
 
 def test_a_profile_shares_out_the_same_bytes(layers: list[PromptLayer]) -> None:

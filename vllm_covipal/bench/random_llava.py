@@ -3,8 +3,9 @@
 vLLM draws the weights when it loads the folder (``load_format="dummy"``). Time does not depend on
 them: every selector takes as many steps for one picture as for another.
 
-The vision tower is to the language model what CLIP ViT-L/14 is to Vicuna-7B in LLaVA-1.5: 4.6 % of
-its layers' parameters. Pruning saves nothing of the tower, so a larger one flatters no figure.
+The vision tower takes the share of encode + prefill that CLIP ViT-L/14 and the projector take in
+LLaVA-1.5-7B, by the time of one layer of each kind on a CPU (``benchmarks/llava_tower_share.py``:
+7.1 %). Pruning saves nothing of the tower, so a larger one flatters no figure.
 """
 
 from dataclasses import dataclass
@@ -44,9 +45,9 @@ class RandomLlava:
     head_size: int = 128
     intermediate_size: int = 2752
     vocab_size: int = 32_064
-    vision_hidden_size: int = 384
+    vision_hidden_size: int = 352
     vision_num_layers: int = 4
-    vision_head_size: int = 64
+    vision_head_size: int = 32
 
     @property
     def num_visual_tokens(self) -> int:

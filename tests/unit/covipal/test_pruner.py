@@ -79,20 +79,23 @@ def test_gradients_reach_every_weight() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_embeddings_are_scored_in_float32(dtype: torch.dtype) -> None:
-    """The same values, the same scores, whatever type carried them."""
+    """The same scores within the first product's rounding, whatever type carried the values."""
     module, visual, text = _module(), _rows(9, 48).to(dtype), _rows(5, 48, seed=1).to(dtype)
     scores = module([visual], [text])
     assert scores.dtype == torch.float32
-    assert torch.equal(scores, module([visual.float()], [text.float()]))
+    exact = module([visual.float()], [text.float()])
+    # The first product rounds the weights as the embeddings are; all else is float32.
+    torch.testing.assert_close(scores, exact, rtol=0, atol=2 * torch.finfo(dtype).eps)
+    assert not torch.equal(scores.to(dtype).float(), scores)
 
 
 @pytest.mark.parametrize(
     ("hidden_size", "width"), [(64, 64), (896, 128), (1024, 128), (3584, 448), (8192, 512)]
 )
 def test_the_default_width_follows_the_model(hidden_size: int, width: int) -> None:
-    """An eighth of the language model's, within bounds, heads of 32."""
+    """An eighth of the language model's, within bounds, heads of 64."""
     config = PruningModuleConfig.for_hidden_size(hidden_size)
-    assert (config.width, config.num_heads) == (width, width // 32)
+    assert (config.width, config.num_heads) == (width, width // 64)
 
 
 @pytest.mark.parametrize(

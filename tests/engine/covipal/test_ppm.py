@@ -62,7 +62,10 @@ def found(
     model, folder = lvlm(request.param), tmp_path_factory.mktemp("ppm")
     torch.manual_seed(0)
     config = PruningModuleConfig.for_hidden_size(
-        64, fingerprint=fingerprint(AutoConfig.from_pretrained(model)), trained_for="tiny"
+        64,
+        num_heads=2,
+        fingerprint=fingerprint(AutoConfig.from_pretrained(model)),
+        trained_for="tiny",
     )
     save_pruning_module(PruningModule(config), folder)
     return in_child(choices, model=model, family=request.param, ppm=str(folder))

@@ -1,17 +1,19 @@
 """A better default, proposed: what any query looked at from afar, in budgets that were measured.
 
-Three parts, each of which can be taken out alone:
+Four parts, each of which can be taken out alone:
 
 - ``score``: the most attention that a token received from ``min_distance`` or more tokens later,
   from all of the prompt's queries, the window's among them (``core/scoring.received_attention``).
   So tokens are kept for questions that nobody has asked yet. ``repeated`` asks the same of the
   prompt's queries when it is read a second time behind itself, which costs a second prefill.
-  ``window`` scores by the last queries alone, as SnapKV does.
+- ``window_turns``: for a question that the prompt does end with, the last queries' attention has
+  its own turn: tokens are taken by one score and by the other alternately, half the budget each.
+  ``score`` ``window`` is that alone, as SnapKV chooses.
 - ``pool_kernel``: the maximum over neighbours. Without it the later tokens of an answer are lost.
 - ``profile``: how the bytes are shared among layers, found by ``calibration/profile.py`` on prompts
   of the kind that will be asked. None for all layers alike.
 
-An engine can serve all three: maxima of chunks have their maximum, a layer's share is known before
+An engine can serve all of it: maxima of chunks have their maximum, a layer's share is known before
 the data, and the budget is whole blocks.
 """
 
@@ -42,6 +44,7 @@ from vllm_spindle.core.scoring import (
     window_attention,
 )
 
+ScoreName = Literal["received", "repeated", "window", "random"]
 Profile = Mapping[float, Sequence[float]]
 """Share of the bytes over all layers -> share of its prompt that each layer keeps, [L]."""
 
@@ -53,6 +56,7 @@ class Profiled(Method):
     Attributes:
         profile: measured; shares between two of its points are on the line between them.
         score: ``received`` or ``repeated``; ``window`` or ``random`` for ablation.
+        window_turns: see the module.
         pool_kernel: neighbours, odd; 1 for none.
         min_distance: tokens; attention over less does not count.
         stride: every so many of the prompt's queries score, and the window's.
@@ -63,7 +67,8 @@ class Profiled(Method):
     """
 
     profile: Profile | None = None
-    score: Literal["received", "repeated", "window", "random"] = "received"
+    score: ScoreName = "received"
+    window_turns: bool = True
     pool_kernel: int = 5
     min_distance: int = 16
     stride: int = 1
@@ -97,17 +102,25 @@ class Profiled(Method):
             for layer, share in zip(layers, shares, strict=True)
         ]
 
-    def scores(self, layer: PromptLayer, num_context: int) -> Tensor:
-        """Pooled importance of the context per query head. [K, G, C], float32."""
-        if self.score == "random":
+    def importance(self, layer: PromptLayer, num_context: int) -> Tensor:
+        """Of the context, per kv head. [K, C], float32."""
+        first = self._joined(self.scores(layer, num_context, self.score))
+        if not self.window_turns or self.score == "window":
+            return first
+        return _by_turns(
+            torch.stack([first, self._joined(self.scores(layer, num_context, "window"))], dim=1)
+        )
+
+    def scores(self, layer: PromptLayer, num_context: int, score: ScoreName) -> Tensor:
+        """Pooled, per query head. [K, G, C], float32."""
+        if score == "random":
             return random_importance(
                 *layer.queries.shape[:2], num_context, seed=layer.layer_idx, device="cpu"
             ).to(layer.keys.device)
-        window = min(self.window, layer.num_tokens)
-        first = layer.num_tokens - window
-        if self.score == "window":
+        first = layer.num_tokens - min(self.window, layer.num_tokens)
+        if score == "window":
             attention = window_attention(layer.queries[:, :, first:], layer.keys, layer.scale)
-        elif self.score == "repeated":
+        elif score == "repeated":
             if layer.repeated is None:
                 raise ValueError("score 'repeated': the prompt was read once only")
             attention = received_attention(
@@ -121,13 +134,10 @@ class Profiled(Method):
             attention = torch.maximum(self._received(layer, 0, first), self._received(layer, first))
         return pooled_importance(attention, num_context, pool_kernel=self.pool_kernel)
 
-    def joined(self, layer: PromptLayer, num_context: int) -> Tensor:
-        """Importance of the context per kv head. [K, C], float32."""
-        scores = self.scores(layer, num_context)
+    def _joined(self, scores: Tensor) -> Tensor:
+        """By the group's rule. [K, C]."""
         if self.gqa == "union":
-            turns = rank_union(scores, num_context)  # the best first
-            places = torch.arange(num_context, 0, -1, device=turns.device).float()
-            return torch.empty_like(scores[:, 0]).scatter(1, turns, places.expand_as(turns))
+            return _by_turns(scores)
         return scores.mean(dim=1) if self.gqa == "mean" else scores.amax(dim=1)
 
     def _received(self, layer: PromptLayer, first: int, stop: int | None = None) -> Tensor:
@@ -152,7 +162,9 @@ class Profiled(Method):
         if share == tail_block:
             return keep_all(layer)
         num_context, num_kept = tail_block * self.block_size, share * self.block_size
-        kept = self.joined(layer, num_context).topk(num_kept, dim=-1).indices.sort(dim=-1).values
+        kept = (
+            self.importance(layer, num_context).topk(num_kept, dim=-1).indices.sort(dim=-1).values
+        )
         held = num_blocks(layer.num_tokens, self.block_size) - tail_block + share
         return ReducedLayer(
             keys=take(layer.keys, kept),
@@ -164,6 +176,14 @@ class Profiled(Method):
                 layer.keys.shape[0] * held * self.block_size, layer.keys.shape[2]
             ),
         )
+
+
+def _by_turns(scores: Tensor) -> Tensor:
+    """Scores in the order in which several take turns to choose. [K, several, C] -> [K, C]."""
+    num_context = scores.shape[-1]
+    ranked = rank_union(scores, num_context)
+    places = torch.arange(num_context, 0, -1, device=ranked.device).float()
+    return torch.empty_like(scores[:, 0]).scatter(1, ranked, places.expand_as(ranked))
 
 
 def interpolate(profile: Profile, num_layers: int, byte_ratio: float) -> list[float]:

@@ -70,7 +70,8 @@ def read(
         if len(answer) < num_new:
             out = model(torch.tensor([answer[-1:]]), past_key_values=cache)
     num_context = layers[0].num_tokens - method.window
-    ranked = [method.joined(layer, num_context).argsort(-1, descending=True) for layer in layers]
+    scores = [method.importance(layer, num_context) for layer in layers]
+    ranked = [each.argsort(-1, descending=True) for each in scores]
     unread = torch.tensor([question + answer[:-1]])
     return Asked(layers, ranked, unread, not followup, torch.stack(rows))
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+import oracles
 import tiny
 from vllm_spindle.baselines.base import PromptLayer
 from vllm_spindle.baselines.profiled import Profiled, interpolate, profile_of
@@ -44,7 +45,9 @@ def _counts(layers: list[PromptLayer], method: Profiled, byte_ratio: float) -> l
 
 def test_scores_are_the_most_that_was_received_from_afar(layers: list[PromptLayer]) -> None:
     """The top of the pooled maxima over queries and the group's heads, in whole blocks."""
-    for layer, each in zip(layers, Profiled(**DIALS).reduce(layers, 0.5), strict=True):
+    for layer, each in zip(
+        layers, Profiled(window_turns=False, **DIALS).reduce(layers, 0.5), strict=True
+    ):
         received = received_attention(
             layer.queries, layer.keys, 0.4, first_position=0, min_distance=16, reduction="max"
         )
@@ -67,7 +70,7 @@ def test_window_scores_are_for_ablation(layers: list[PromptLayer], gqa: Any) -> 
     method = Profiled(score="window", pool_kernel=1, gqa=gqa, **DIALS)
     layer = layers[0]
     attention = window_attention(layer.queries[:, :, -16:], layer.keys, 0.4)[..., :CONTEXT]
-    found = method.joined(layer, CONTEXT)
+    found = method.importance(layer, CONTEXT)
     if gqa == "union":
         for own, row in zip(attention, found, strict=True):
             best = {int(head.argmax()) for head in own}
@@ -77,9 +80,24 @@ def test_window_scores_are_for_ablation(layers: list[PromptLayer], gqa: Any) -> 
         torch.testing.assert_close(found, expected)
 
 
+def test_window_and_received_take_turns(layers: list[PromptLayer]) -> None:
+    """Half of what is kept is the one score's best, half the other's, in turns."""
+    dials: dict[str, Any] = {"pool_kernel": 1, **DIALS}
+    first, second = (
+        Profiled(score=score, window_turns=False, **dials).importance(layers[0], CONTEXT)
+        for score in ("received", "window")
+    )
+    found = Profiled(**dials).importance(layers[0], CONTEXT)
+    for head in range(KV_HEADS):
+        rankings = [oracles.ranking(row.tolist()) for row in (first[head], second[head])]
+        turns = [t for pair in zip(*rankings, strict=True) for t in pair]
+        assert found[head].argsort(descending=True).tolist() == list(dict.fromkeys(turns))
+
+
 def test_strides_leave_the_window_whole(layers: list[PromptLayer]) -> None:
     """Every fifth query of the prompt scores, and each of the last 16."""
-    found = Profiled(stride=5, pool_kernel=1, min_distance=0, **DIALS).scores(layers[0], CONTEXT)
+    found = Profiled(stride=5, pool_kernel=1, min_distance=0, **DIALS)
+    found = found.scores(layers[0], CONTEXT, "received")
     queries, first = layers[0].queries, NUM_TOKENS - 16
     expected = torch.zeros(KV_HEADS, GROUP, NUM_TOKENS)
     for t in [*range(0, first, 5), *range(first, NUM_TOKENS)]:
@@ -105,9 +123,9 @@ def test_a_prompt_may_be_read_twice(model: Any) -> None:
         torch.testing.assert_close(first.queries, second.queries)
         rows = torch.einsum("kgqd,ktd->kgqt", second.repeated, second.keys) * second.scale
         expected = rows.softmax(-1).amax(2)[..., :40]
-        torch.testing.assert_close(method.scores(second, 40), expected)
+        torch.testing.assert_close(method.scores(second, 40, "repeated"), expected)
         with pytest.raises(ValueError, match="read once only"):
-            method.scores(first, 40)
+            method.scores(first, 40, "repeated")
 
 
 def test_a_profile_shares_out_the_same_bytes(layers: list[PromptLayer]) -> None:

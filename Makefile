@@ -8,7 +8,10 @@ PYTHON := $(shell for p in python3.11 python3; do $$p -c '' 2>/dev/null && { ech
 # vLLM binds its threads itself and is left alone.
 ENV := VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 $(if $(filter 1 2,$(shell nproc)),OMP_NUM_THREADS=1)
 BENCH_JSON := build/bench-capacity.json
-QUALITY := --lengths 512 --num-questions 40 --budgets 0.5,0.4,0.3,0.25,0.2,0.15 --num-workers $(shell nproc) --plots
+# 4 tasks x 17 x 3 seeds: 204 questions a figure. QUALITY_SEEDS=1 for a third of the time.
+QUALITY_SEEDS := 3
+QUALITY = --lengths 512 --num-questions 17 --seeds $(QUALITY_SEEDS) --budgets 0.4,0.3,0.25,0.2,0.15 \
+	--num-workers $(shell nproc) --plots
 # Paths or options for pytest: make test T='tests/engine -x'
 T := tests
 
@@ -58,8 +61,10 @@ bench: $(SETUP)  ## capacity and speed, stock against plugin (JSON in BENCH_JSON
 
 quality: $(SETUP)  ## README's "What do I lose?": every method, both bundled models; goes on where it stopped
 	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(BIN)/python -m pip install --quiet 'matplotlib>=3.9,<4'
-	$(ENV) $(BIN)/vllm-spindle eval --model models/needle $(QUALITY) --out build/quality/needle
-	$(ENV) $(BIN)/vllm-spindle eval --model models/recall $(QUALITY) --out build/quality/recall
+	$(ENV) $(BIN)/vllm-spindle eval --model models/needle $(QUALITY) --tasks single,multikey_1,multikey_2,multikey_3 \
+		--out build/quality/needle
+	$(ENV) $(BIN)/vllm-spindle eval --model models/recall $(QUALITY) --tasks multikey_2,multivalue,multiquery,variables \
+		--out build/quality/recall
 
 kvpress: $(SETUP)  ## .venv-kvpress with kvpress 0.5.5, then its presses beside our baselines
 	@test -x .venv-kvpress/bin/python || $(PYTHON) -m venv .venv-kvpress

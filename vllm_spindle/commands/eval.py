@@ -111,8 +111,8 @@ def run(args: argparse.Namespace) -> int:
     if not cells:
         raise ValueError("no task asked for has the several questions that in_turn needs")
     folder = Path(args.out)
-    open_folder(folder, _settings(args, asker))
-    _measure(args, make_asker, asker, cells, folder)
+    with open_folder(folder, _settings(args, asker)):
+        _measure(args, make_asker, asker, cells, folder)
     results = Results.read(folder, cells, args.num_questions)
     _write(args, results, folder)
     return 0

@@ -4,16 +4,17 @@ A run that is killed leaves whole lines and at most one broken one; the same com
 there. The samples of a cell are the same whatever else runs and however many are asked for.
 """
 
+import fcntl
 import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 FULL = "full"
-SETTINGS = "settings.json"
+SETTINGS, LOCK = "settings.json", ".lock"
 CELLS = "cells"
 
 
@@ -111,17 +112,26 @@ def append_line(path: Path, line: Line) -> None:
         file.write(json.dumps(asdict(line)) + "\n")
 
 
-def open_folder(folder: Path, settings: dict[str, Any]) -> None:
+def open_folder(folder: Path, settings: dict[str, Any]) -> IO[str]:
     """Make the folder, or check that what it holds was made with the same settings.
 
+    Returns:
+        A lock on the folder, for as long as it is open.
+
     Raises:
-        ValueError: if it was not.
+        ValueError: if it was not, or another run is writing there.
     """
     (folder / CELLS).mkdir(parents=True, exist_ok=True)
+    lock = (folder / LOCK).open("w", encoding="utf-8")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise ValueError(f"--out {folder}: another run is writing there") from None
     path = folder / SETTINGS
     if not path.exists():
         path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        return
+        return lock
     before = json.loads(path.read_text(encoding="utf-8"))
     for name, value in settings.items():
         if before.get(name) != value:
@@ -129,3 +139,4 @@ def open_folder(folder: Path, settings: dict[str, Any]) -> None:
                 f"--out {folder} holds results with {name} {before.get(name)!r}, this command "
                 f"has {value!r}; give another folder"
             )
+    return lock

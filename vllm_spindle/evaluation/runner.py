@@ -1,6 +1,8 @@
 """Run cells: only what their files lack, in this process or in several."""
 
 import os
+import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -19,6 +21,7 @@ from vllm_spindle.evaluation.protocols import make_sample, rights
 from vllm_spindle.evaluation.tasks import make_item
 
 OnSamples = Callable[[Cell, int], None]  # cell, samples more that are done
+ORPHAN_POLL_SECONDS = 0.5
 
 
 def run_cell(
@@ -107,8 +110,16 @@ _worker: list[Asker] = []  # of this process, if it is a worker
 
 
 def _start(make_asker: Callable[[], Asker]) -> None:
+    # A worker whose parent was killed would go on, beside the run that takes its place.
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     _worker.append(make_asker())
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(ORPHAN_POLL_SECONDS)
+    os._exit(1)
 
 
 def _run(cell: Cell, folder: Path, num_samples: int) -> None:

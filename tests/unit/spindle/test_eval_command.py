@@ -1,9 +1,11 @@
 """``vllm-spindle eval``: refusals, going on after a kill, and figures of known answers."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -162,10 +164,67 @@ def test_more_questions_go_on_too(tmp_path: Path) -> None:
 
 def test_a_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
     """Results of two models never mix."""
-    open_folder(tmp_path, {"model": "a", "dtype": "auto"})
-    open_folder(tmp_path, {"model": "a", "dtype": "auto"})
+    for _ in range(2):
+        open_folder(tmp_path, {"model": "a", "dtype": "auto"}).close()
     with pytest.raises(ValueError, match="model 'a'.*'b'"):
         open_folder(tmp_path, {"model": "b", "dtype": "auto"})
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path: Path) -> None:
+    """The second is refused while the first runs, and let in after it."""
+    with open_folder(tmp_path, {}), pytest.raises(ValueError, match="another run"):
+        open_folder(tmp_path, {})
+    open_folder(tmp_path, {}).close()
+
+
+ORPHANED = """
+import os, signal, sys, time
+from functools import partial
+from pathlib import Path
+sys.path.insert(0, "tests")
+from unit.spindle.test_eval_command import CELL, Echo
+from vllm_spindle.evaluation.cells import open_folder
+from vllm_spindle.evaluation.runner import run_cells_in_workers
+
+def said(sample):
+    return list(sample.answers)
+
+class Slow(Echo):
+    def ask(self, cell, sample):
+        (folder / "worker").write_text(str(os.getpid()))
+        time.sleep(0.05)
+        return super().ask(cell, sample)
+
+folder = Path(sys.argv[1])
+if __name__ == "__main__":
+    open_folder(folder, {})
+    import threading
+    def die():
+        while not (folder / "worker").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGKILL)
+    threading.Thread(target=die).start()
+    make = partial(Slow, said)
+    run_cells_in_workers(make, [CELL], folder, 10**6, num_workers=1, on_samples=print)
+"""
+
+
+def test_workers_end_with_a_killed_run(tmp_path: Path) -> None:
+    """No worker goes on writing after the process that the user killed."""
+    program = tmp_path / "program.py"
+    program.write_text(ORPHANED)
+    child = subprocess.run([sys.executable, str(program), str(tmp_path)], cwd=ROOT, check=False)
+    assert child.returncode == -signal.SIGKILL
+    worker = int((tmp_path / "worker").read_text())
+    for _ in range(300):
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(worker, signal.SIGKILL)
+        pytest.fail("the worker is still there")
 
 
 def test_cells_have_files_of_their_own() -> None:

@@ -108,7 +108,8 @@ class RecallWords(Words):
 
 
 def _recall_ask(question: list[str], key: int, answer: list[str]) -> Ask:
-    return _ask(question, [needle.ASK, needle.WORDS[key], needle.STOP], " ".join(answer[:-1]))
+    # Not "? key .": that is a question of several queries, and would be answered as one.
+    return _ask(question, [needle.ASK, needle.IS, needle.WORDS[key]], " ".join(answer[:-1]))
 
 
 def _ask(question: list[str], stated: list[str], answer: str) -> Ask:

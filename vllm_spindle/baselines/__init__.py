@@ -34,18 +34,31 @@ METHODS: dict[str, Callable[..., Method]] = {
     "profiled": Profiled,
 }
 
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "profiled_alike": {"profile": None},
+    "profiled_window": {"score": "window"},
+    "profiled_no_turns": {"window_turns": False},
+    "profiled_no_pool": {"pool_kernel": 1},
+    "profiled_near": {"min_distance": 0},
+    "profiled_random": {"score": "random", "window_turns": False},
+    "profiled_two_pass": {"score": "repeated"},
+}
+"""``profiled`` with one part taken out, or another in its place; names for ``make_method``."""
+
 
 def make_method(name: str, *, seed: int = 0, **options: Any) -> Method:
     """A method by its name in ``METHODS``.
 
     Args:
-        name: key of ``METHODS``.
+        name: key of ``METHODS`` or ``ABLATIONS``.
         seed: for methods that draw.
         options: the method's own dials.
 
     Raises:
         ValueError: if there is no such method or dial.
     """
+    if name in ABLATIONS:
+        name, options = "profiled", {**options, **ABLATIONS[name]}
     if name not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
     if name == "random":

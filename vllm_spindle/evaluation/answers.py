@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from vllm_spindle.baselines import make_method
+from vllm_spindle.baselines import ABLATIONS, make_method
 from vllm_spindle.baselines.base import NUM_FUTURE
 from vllm_spindle.baselines.profiled import Profile, profile_of
 from vllm_spindle.calibration.capture import rotary_table
@@ -37,7 +37,7 @@ class Answerer:
 
         Args:
             model: a causal language model of transformers.
-            method: key of ``baselines.METHODS``.
+            method: key of ``baselines.METHODS`` or ``baselines.ABLATIONS``.
             byte_ratio: share of the prompt's true bytes to keep, (0, 1].
             seed: for methods that draw.
             options: the method's own dials. ``profiled`` takes its profile from beside the model
@@ -48,7 +48,7 @@ class Answerer:
         """
         if not 0 < byte_ratio <= 1:
             raise ValueError(f"byte_ratio must be in (0, 1], got {byte_ratio}")
-        if method == "profiled":
+        if method == "profiled" or method in ABLATIONS:
             options = {"profile": _profile_beside(model), **options}
         self._method = make_method(method, seed=seed, **options)
         self._model = model

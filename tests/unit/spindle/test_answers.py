@@ -1,5 +1,7 @@
 """Answers over a reduced cache in transformers."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,7 +9,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 import tiny
-from vllm_spindle.evaluation.answers import Answerer
+from vllm_spindle.baselines import ABLATIONS
+from vllm_spindle.evaluation.answers import PROFILE_FILE, Answerer
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +77,31 @@ def test_what_cannot_be_answered_is_refused(model: Any) -> None:
         Answerer(model, method="snapkv", byte_ratio=0)
     with pytest.raises(ValueError, match="no later follow-up empty"):
         Answerer(model, method="full", byte_ratio=0.5).answer([1, 2, 3], [[4], []], 2, ())
+
+
+def test_a_profile_beside_the_model_is_read(model: Any, tmp_path: Path) -> None:
+    """Layers keep what the file says, and are alike without it or where that is asked for."""
+    profile = {"0.5": [0.8, 0.2]}
+    (tmp_path / PROFILE_FILE).write_text(json.dumps(profile))
+    ids = _prompt(300)
+
+    def num_kept(name: str, folder: Path) -> list[int]:
+        model.config._name_or_path = str(folder)
+        answerer = Answerer(model, method=name, byte_ratio=0.5)
+        cache = answerer._reduced(ids)
+        return [layer.reduced.positions.shape[1] for layer in cache.layers]
+
+    alike, steep = num_kept("profiled", tmp_path / "nowhere"), num_kept("profiled", tmp_path)
+    assert abs(alike[0] - alike[1]) <= 16 and steep[0] > 2 * steep[1]
+    assert sum(alike) == sum(steep)
+    assert num_kept("profiled_alike", tmp_path) == alike
+
+
+@pytest.mark.parametrize("method", sorted(ABLATIONS))
+def test_ablations_answer(model: Any, method: str) -> None:
+    """Every part can be taken out; a second reading leaves the bytes as they are."""
+    answerer = Answerer(model, method=method, byte_ratio=0.5)
+    [answer] = answerer.answer(_prompt(200), [[]], 3, ())
+    assert len(answer) == 3
+    assert 0.4 < answerer.true_bytes / answerer.full_bytes <= 0.5
+    assert answerer.full_bytes == 2 * 200 * 2 * 2 * 32 * 2

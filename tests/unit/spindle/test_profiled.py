@@ -177,7 +177,11 @@ def test_a_profile_takes_from_what_does_not_matter(model: Any) -> None:
     ids = tiny.prompts(1, [64])[0]["prompt_token_ids"]
     prompts = [(ids, []), (ids[:60], ids[60:])]
     method = Profiled(window=8)
-    profile = measure_profile(model, method, prompts, num_new=3, least_ratio=0.3)
+    dials: dict[str, Any] = {"num_new": 3, "least_ratio": 0.3}
+    profile = measure_profile(model, method, prompts, trust=1.0, **dials)
+    for ratio, shares in measure_profile(model, method, prompts, trust=0.25, **dials).items():
+        near = [0.25 * share + 0.75 * ratio for share in profile[ratio]]
+        assert shares == pytest.approx(near, abs=1e-3)
     floor = pytest.approx(8 / 60, abs=1e-3)
     assert profile[0.7][:2] == (1.0, 1.0) or profile[0.7][2] == floor
     for ratio, shares in profile.items():
@@ -199,6 +203,7 @@ def test_bands_go_together(model: Any) -> None:
         [(ids, [])],
         num_new=2,
         least_ratio=0.5,
+        trust=1.0,
         bands=[range(0, 2), range(2, 3)],
     )
     assert len(profile) >= 10

@@ -68,6 +68,20 @@ def test_selectors_import_without_vllm_or_transformers() -> None:
     assert "vllm_covipal.selectors.divprune" in asked
 
 
+def test_baselines_import_without_vllm_or_transformers() -> None:
+    """A method needs torch and the core; only the cache that holds its work knows transformers."""
+    asked, loaded = _import_without(["vllm", "transformers"], [], ["vllm_spindle.baselines"])
+    assert "vllm_spindle.baselines.paper" in asked
+    assert "numba" not in loaded  # compiling is for those who merge
+
+
+def test_the_transformers_side_imports_without_vllm() -> None:
+    """Caches, answers and profiles run where there is no vLLM."""
+    modules = ["vllm_spindle.hf", "vllm_spindle.evaluation.answers"]
+    asked, _ = _import_without(["vllm"], [*modules, "vllm_spindle.calibration.profile"], [])
+    assert set(modules) <= asked
+
+
 @pytest.mark.parametrize("module", NUMBERS + DECISIONS)
 def test_numbers_and_decisions_import_without_torch(module: str) -> None:
     """The scheduler side counts where torch is absent."""

@@ -7,17 +7,60 @@
 The prompt is read whole and reduced at its end; what follows, answers and further questions, is
 kept. The engine's twin in tests, and the way to a reduced cache where there is no server. One
 prompt at a time.
+
+Or by any method of ``baselines``, two passes over the prompt included, for questions to come:
+
+    cache = compress(model, document_ids, make_method("profiled"), byte_ratio=0.25)
+    model.generate(torch.cat([document_ids, question_ids], dim=1), past_key_values=cache)
 """
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from vllm_spindle.baselines.base import NUM_FUTURE, Method
 from vllm_spindle.baselines.spindle import DEFAULT_BLOCK_SIZE, make_policy, reduce_by_plan
+from vllm_spindle.calibration.capture import rotary_table
 from vllm_spindle.config import SpindleConfig
 from vllm_spindle.hf_layers import QueryCache, QueryLayer, enable
 
-__all__ = ["SpindleCache", "enable"]
+__all__ = ["SpindleCache", "compress", "enable"]
+
+
+@torch.inference_mode()
+def compress(model: Any, input_ids: Tensor, method: Method, byte_ratio: float) -> QueryCache:
+    """A cache that holds a prompt, read and then reduced.
+
+    Args:
+        model: one that passed ``enable``.
+        input_ids: the prompt. [1, P].
+        method: of ``baselines.make_method``; one that reads twice costs a second prefill.
+        byte_ratio: share of the prompt's true bytes, (0, 1].
+
+    Raises:
+        ValueError: if the method cannot reduce this model or prompt.
+    """
+    cache = QueryCache(model.config)
+    num_tokens = input_ids.shape[1]
+    for _ in range(2 if method.reads_twice else 1):
+        model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    layers = cache.prompt(
+        _rotary_table(model, num_tokens + NUM_FUTURE), num_tokens if method.reads_twice else 0
+    )
+    cache.reduce(method.reduce(layers, byte_ratio))
+    return cache
+
+
+def _rotary_table(model: Any, num_positions: int) -> Tensor | None:
+    config = model.config.get_text_config(decoder=True)
+    head_size = getattr(config, "head_dim", None)
+    try:
+        return rotary_table(
+            model, num_positions, head_size or config.hidden_size // config.num_attention_heads
+        )
+    except ValueError:
+        return None  # who needs one says so
 
 
 class SpindleCache(QueryCache):

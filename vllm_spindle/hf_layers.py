@@ -21,6 +21,7 @@ from transformers.masking_utils import sdpa_mask
 
 from vllm_spindle.baselines.base import PromptLayer, ReducedLayer
 from vllm_spindle.calibration.attention import attend
+from vllm_spindle.core.codebook_bytes import dense_bytes
 
 ATTENTION = "spindle"
 _LAYER = "spindle_layer"  # attribute of a keys tensor that a layer of ours returns
@@ -60,7 +61,7 @@ class QueryLayer(DynamicLayer):
     Attributes:
         num_seen: tokens so far, evicted ones included: the position of the next.
         reduced: what is left of the prompt, or None.
-        prompt: attention inputs while queries are recorded, or None.
+        full_bytes: of the prompt before; None as long as nothing is reduced.
     """
 
     is_croppable = False
@@ -69,7 +70,8 @@ class QueryLayer(DynamicLayer):
         super().__init__()
         self.num_seen = 0
         self.reduced: ReducedLayer | None = None
-        self.scale = 0.0
+        self.full_bytes: int | None = None
+        self._scale = 0.0
         self._queries: list[Tensor] | None = []
         self._context: tuple[Tensor, Tensor, Tensor] | None = None
         self._waits = False
@@ -105,7 +107,7 @@ class QueryLayer(DynamicLayer):
         Returns:
             [1, Q, H, D].
         """
-        self._waits, self.scale = False, scale
+        self._waits, self._scale = False, scale
         if self._queries is not None:
             self._queries.append(query)
         if self.reduced is None:
@@ -146,7 +148,7 @@ class QueryLayer(DynamicLayer):
             queries=queries[:, :, :num_tokens],
             keys=self.keys[0],
             values=self.values[0],
-            scale=self.scale,
+            scale=self._scale,
             layer_idx=layer_idx,
             cos_sin=cos_sin,
             repeated=queries[:, :, num_tokens:] if num_repeated else None,
@@ -155,6 +157,7 @@ class QueryLayer(DynamicLayer):
     def reduce(self, reduced: ReducedLayer) -> None:
         """Hold what is left, and no longer the rest."""
         self.reduced, self._queries = reduced, None
+        self.full_bytes = dense_bytes(self.keys.shape[1] * self.num_seen, self.keys.shape[-1])
         # attend() reads float32: turned once, not at every step.
         self._context = (reduced.keys.float(), reduced.values.float(), reduced.is_there)
         self.keys = self.keys[:, :, reduced.num_context :].clone()
@@ -185,7 +188,7 @@ class QueryLayer(DynamicLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.num_seen, self.reduced, self._context = 0, None, None
+        self.num_seen, self.reduced, self._context, self.full_bytes = 0, None, None, None
         self._queries, self._waits = [], False
 
 
@@ -217,6 +220,12 @@ class QueryCache(Cache):
         """Hold what is left of each layer."""
         for layer, left in zip(self.layers, reduced, strict=True):
             layer.reduce(left)
+
+    @property
+    def full_bytes(self) -> int | None:
+        """Bytes of the prompt, nothing reduced; None before it is reduced."""
+        layers = [layer.full_bytes for layer in self.layers]
+        return None if None in layers else sum(layers)
 
     @property
     def true_bytes(self) -> int | None:

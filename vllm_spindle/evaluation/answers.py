@@ -13,10 +13,9 @@ from typing import Any
 import torch
 
 from vllm_spindle.baselines import ABLATIONS, make_method
-from vllm_spindle.baselines.base import NUM_FUTURE
 from vllm_spindle.baselines.profiled import Profile, profile_of
-from vllm_spindle.calibration.capture import rotary_table
-from vllm_spindle.hf_layers import QueryCache, enable
+from vllm_spindle.hf import compress, enable
+from vllm_spindle.hf_layers import QueryCache
 
 PROFILE_FILE = "spindle-profile.json"
 """In a model's folder: how its layers share the bytes, as ``benchmarks/layer_profile.py`` found."""
@@ -26,6 +25,7 @@ class Answerer:
     """Greedy answers of a transformers model.
 
     Attributes:
+        method: that reduces.
         true_bytes: of the last prompt, reduced; two-byte elements of the model's GQA cache.
         full_bytes: of the last prompt, whole.
     """
@@ -33,7 +33,7 @@ class Answerer:
     def __init__(
         self, model: Any, *, method: str, byte_ratio: float, seed: int = 0, **options: Any
     ) -> None:
-        """Pass the model's attention through ours (``hf_layers.enable``).
+        """Pass the model's attention through ours (``hf.enable``).
 
         Args:
             model: a causal language model of transformers.
@@ -50,7 +50,7 @@ class Answerer:
             raise ValueError(f"byte_ratio must be in (0, 1], got {byte_ratio}")
         if method == "profiled" or method in ABLATIONS:
             options = {"profile": _profile_beside(model), **options}
-        self._method = make_method(method, seed=seed, **options)
+        self.method = make_method(method, seed=seed, **options)
         self._model = model
         self._byte_ratio = byte_ratio
         self.true_bytes = 0
@@ -84,7 +84,9 @@ class Answerer:
         """
         if len(prompt_ids) < 2 or not all(followups[1:]):
             raise ValueError("needs a prompt of two tokens or more, and no later follow-up empty")
-        cache = self._reduced(list(prompt_ids))
+        ids = torch.tensor([list(prompt_ids)], device=self._model.device)
+        cache = compress(self._model, ids, self.method, self._byte_ratio)
+        self.true_bytes, self.full_bytes = cache.true_bytes or 0, cache.full_bytes or 0
         answers, unread = [], []
         for followup in followups:
             if not followup:
@@ -95,29 +97,6 @@ class Answerer:
             )
             answers.append(answer)
         return answers
-
-    def _reduced(self, prompt_ids: list[int]) -> QueryCache:
-        cache = QueryCache(self._model.config)
-        self._read(cache, prompt_ids)
-        twice = self._method.reads_twice
-        if twice:
-            self._read(cache, prompt_ids)
-        layers = cache.prompt(
-            self._rotary(len(prompt_ids) + NUM_FUTURE), len(prompt_ids) if twice else 0
-        )
-        cache.reduce(self._method.reduce(layers, self._byte_ratio))
-        self.true_bytes = cache.true_bytes or 0
-        self.full_bytes = sum(layer.full_bytes for layer in layers)
-        return cache
-
-    def _rotary(self, num_tokens: int) -> torch.Tensor | None:
-        config = self._model.config.get_text_config(decoder=True)
-        head_size = getattr(config, "head_dim", None)
-        head_size = head_size or config.hidden_size // config.num_attention_heads
-        try:
-            return rotary_table(self._model, num_tokens, head_size)
-        except ValueError:
-            return None  # whoever needs one says so
 
     def _greedy(
         self, cache: QueryCache, token_ids: list[int], max_new_tokens: int, stop_ids: set[int]

@@ -11,6 +11,7 @@ from transformers import LlamaForCausalLM
 import tiny
 from vllm_spindle.baselines import ABLATIONS
 from vllm_spindle.evaluation.answers import PROFILE_FILE, Answerer
+from vllm_spindle.hf import compress
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,7 @@ def test_a_profile_beside_the_model_is_read(model: Any, tmp_path: Path) -> None:
     def num_kept(name: str, folder: Path) -> list[int]:
         model.config._name_or_path = str(folder)
         answerer = Answerer(model, method=name, byte_ratio=0.5)
-        cache = answerer._reduced(ids)
+        cache = compress(model, torch.tensor([ids]), answerer.method, 0.5)
         return [layer.reduced.positions.shape[1] for layer in cache.layers]
 
     alike, steep = num_kept("profiled", tmp_path / "nowhere"), num_kept("profiled", tmp_path)

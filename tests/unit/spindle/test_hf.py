@@ -10,11 +10,12 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 import tiny
 from vllm_spindle import hf_layers
+from vllm_spindle.baselines import make_method
 from vllm_spindle.calibration.capture import rotary_table
 from vllm_spindle.config import SpindleConfig
 from vllm_spindle.core.choice import ChoiceRule, choose_kept
 from vllm_spindle.core.reference import attend_reduced
-from vllm_spindle.hf import SpindleCache, enable
+from vllm_spindle.hf import SpindleCache, compress, enable
 from vllm_spindle.policy import SpindlePolicy
 
 BLOCK = 8
@@ -199,6 +200,26 @@ def test_a_prompt_may_come_in_chunks(model: Any) -> None:
         )
     for a, b in zip(whole.layers, cut.layers, strict=True):
         assert torch.equal(a.reduced.positions, b.reduced.positions)
+
+
+def test_questions_come_in_turns(model: Any) -> None:
+    """`generate` goes on over a reduced document, question after question."""
+    document, first, second = _ids(LENGTH), _ids(4, seed=5), _ids(3, seed=6)
+    method = make_method("snapkv", num_recent=16)
+    cache, twin = (compress(model, document, method, 0.5) for _ in range(2))
+    assert cache.true_bytes == cache.full_bytes / 2 == 2 * LENGTH * 2 * 32 * 2
+    one = _generate(model, torch.cat([document, first], dim=1), 5, cache)
+    said = torch.tensor([one])
+    two = _generate(model, torch.cat([document, first, said, second], dim=1), 5, cache)
+    found = []
+    with torch.inference_mode():
+        for turn in (first, torch.cat([said[:, -1:], second], dim=1)):
+            unread = turn
+            for _ in range(5):
+                unread = model(unread, past_key_values=twin).logits[:, -1:].argmax(-1)
+                found.append(int(unread))
+    assert [*one, *two] == found
+    assert cache.get_seq_length() == LENGTH + 4 + 5 + 3 + 4
 
 
 def test_crop_takes_back_dense_tokens_alone(model: Any) -> None:

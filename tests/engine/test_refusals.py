@@ -128,12 +128,6 @@ FORCED: dict[str, tuple[str, str, Any, list[str]]] = {
         ["--prefill-context-parallel-size=2", "on one rank", "at 1"],
     ),
     "dual-batch": ("parallel_config", "enable_dbo", True, ["--enable-dbo=True", "leave it off"]),
-    "runner-v2": (
-        "",
-        "use_v2_model_runner",
-        True,
-        ["VLLM_USE_V2_MODEL_RUNNER=1", "V1 only", "unset VLLM_USE_V2_MODEL_RUNNER"],
-    ),
     "encoder-decoder": ("model_config", "is_encoder_decoder", True, ["model=", "second cache"]),
     "prefix-lm": ("model_config", "is_mm_prefix_lm", True, ["model=", "not causal"]),
     "rswa": ("model_config", "rswa_window", 64, ["model=", "frees blocks itself"]),

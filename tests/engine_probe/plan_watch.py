@@ -78,9 +78,10 @@ class PlanWatch:
         if computed + scheduled == prompt_len and request.num_tokens > prompt_len:
             self.counts["resumed_chunks_at_prompt_end"] += 1
         plans = self.policy.plan_request(prompt_len, request_options(request.sampling_params))
-        is_past = computed >= prompt_len
+        # Blocks go once the prompt is processed: scheduled a step ahead, that is a step later.
+        is_past = request.num_computed_tokens - request.num_in_flight_tokens >= prompt_len
         # Scheduled for nothing once its prompt is computed: its reduction goes on.
-        is_held = is_past and scheduled == 0
+        is_held = is_past and scheduled == 0 and computed == prompt_len
         self.counts["held_steps"] += is_held
         for manager in self.engine.managers:
             plan = plans[manager.kv_cache_spec.band]

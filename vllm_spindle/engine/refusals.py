@@ -80,15 +80,8 @@ def _platform(vllm_config: VllmConfig) -> Iterator[Refusal]:
         yield Refusal(
             "platform",
             current_platform.device_name,
-            "this release reduces on vLLM's CPU backend; CUDA needs the model runner V2 adapter",
+            "this release reduces on vLLM's CPU backend; on CUDA it was never run",
             "use the CPU build of vLLM, " + WITHOUT,
-        )
-    elif vllm_config.use_v2_model_runner:
-        yield Refusal(
-            "VLLM_USE_V2_MODEL_RUNNER",
-            1,
-            "the reduction is adapted to model runner V1 only",
-            "unset VLLM_USE_V2_MODEL_RUNNER, " + WITHOUT,
         )
 
 

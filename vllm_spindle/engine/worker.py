@@ -1,12 +1,10 @@
-"""The worker's adapter for model runner V1: what the reduction reads off the runner.
+"""The worker's adapter: a step's reduction before, during and after vLLM's forward.
 
-Model runner V2 needs another adapter (``BatchView`` and block ids from its own tables), not
-another reduction.
+What differs between model runners V1 and V2 is in ``runners.py``.
 """
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from vllm.model_executor.models.utils import extract_layer_index
@@ -18,8 +16,9 @@ from vllm_spindle.engine.options import request_options
 from vllm_spindle.engine.reduction import Reducer
 from vllm_spindle.engine.regions import ReducedLayer
 from vllm_spindle.engine.rotary_table import rotary_table
+from vllm_spindle.engine.runners import RunnerView, view_of
 from vllm_spindle.engine.spec import SpindleSpec
-from vllm_spindle.engine.step import BatchView, PromptEnd, Step
+from vllm_spindle.engine.step import PromptEnd, Step
 from vllm_spindle.engine.window import WindowStash
 
 if TYPE_CHECKING:
@@ -52,7 +51,9 @@ class SpindleWorkerMixin:
         output = super().sample_tokens(grammar_output)
         stats = self._reduction.reducer.take_stats() if self._reduction is not None else None
         if stats is not None:
-            output.plugin_stats = {**(output.plugin_stats or {}), "spindle": stats}
+            # Model runner V2 wraps what is still on its way from the device.
+            carrier = getattr(output, "model_runner_output", output)
+            carrier.plugin_stats = {**(carrier.plugin_stats or {}), "spindle": stats}
         return output
 
 
@@ -60,8 +61,8 @@ class RunnerReduction:
     """One runner's reduction, step by step."""
 
     def __init__(self, runner: Any) -> None:
-        self._runner = runner
-        self.reducer = _make_reducer(runner)
+        self._view = view_of(runner)
+        self.reducer = _make_reducer(runner, self._view)
         config = runner.vllm_config.scheduler_config
         self._queue = self.reducer.policy.reduction_queue(config.max_num_batched_tokens)
         self._ends: dict[str, PromptEnd] = {}
@@ -84,7 +85,7 @@ class RunnerReduction:
     def step(self) -> Step:
         """The current step, planned when first asked for: once the batch is up to date."""
         if self._step is None:
-            self._step = self.reducer.plan_step(self._batch())
+            self._step = self.reducer.plan_step(self._view.batch(self._scheduler_output))
         return self._step
 
     @property
@@ -131,21 +132,8 @@ class RunnerReduction:
             if work.request_id not in self._queue:
                 del self._ends[work.request_id]
 
-    def _batch(self) -> BatchView:
-        batch = self._runner.input_batch
-        request_ids = batch.req_ids
-        scheduled = self._scheduler_output.num_scheduled_tokens
-        return BatchView(
-            request_ids=request_ids,
-            prompt_lens=batch.num_prompt_tokens[: len(request_ids)],
-            num_computed=batch.num_computed_tokens_cpu[: len(request_ids)],
-            num_scheduled=np.array([scheduled[request_id] for request_id in request_ids]),
-        )
-
     def _block_ids(self, band: int, request_id: str) -> Tensor:
-        # Not from the batch: who waits for its reduction is not in it.
-        block_ids = self._runner.requests[request_id].block_ids[self._group_of_band[band]]
-        return torch.tensor(block_ids, dtype=torch.int64)
+        return self._view.block_ids(self._group_of_band[band], request_id)
 
 
 def _visual_mask(mm_features: Any, prompt_len: int) -> Tensor | None:
@@ -168,7 +156,7 @@ def _groups(runner: Any) -> list[int]:
     return order
 
 
-def _make_reducer(runner: Any) -> Reducer:
+def _make_reducer(runner: Any, view: RunnerView) -> Reducer:
     groups = runner.kv_cache_config.kv_cache_groups
     layers = runner.compilation_config.static_forward_context
     merges = groups[0].kv_cache_spec.policy.config.merges
@@ -181,12 +169,11 @@ def _make_reducer(runner: Any) -> Reducer:
     ]
     spec = groups[0].kv_cache_spec
     assert isinstance(spec, SpindleSpec)
-    for group, table in zip(groups, runner.input_batch.block_table.block_tables, strict=True):
-        if table.block_size != group.kv_cache_spec.block_size:
+    for group, block_size in zip(groups, view.table_block_sizes(), strict=True):
+        if block_size != group.kv_cache_spec.block_size:
             raise ValueError(
                 f"spindle: --block-size {group.kv_cache_spec.block_size} is split by the "
-                f"attention kernel into blocks of {table.block_size}; pass "
-                f"--block-size {table.block_size}"
+                f"attention kernel into blocks of {block_size}; pass --block-size {block_size}"
             )
     first = next(iter(bands[0]))
     attention = layers[groups[0].layer_names[0]]

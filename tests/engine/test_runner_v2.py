@@ -1,0 +1,118 @@
+"""Model runner V2, its kernels interpreted on the CPU: V1's tokens, the plan held, nothing left."""
+
+from typing import Any
+
+import pytest
+
+from engine_child import in_child
+from engine_probe.interpreted import ENVIRONMENT
+
+pytestmark = pytest.mark.engine
+
+EXACT = {"dtype": "float32"}
+ON = {"keep_ratio": 0.25}
+PROMPT_LENS = [500, 257, 95, 513]
+# The second and the last prompt end in a chunk of one token.
+CHUNK = 256
+LITTLE = {"kv_cache_memory_bytes": 2304 << 10, "max_model_len": 704, "max_num_seqs": 8}
+LONG = 100  # more tokens for each answer, where memory is little
+MODES: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
+    "not asked": (None, {}),
+    "ratio 1": ({"keep_ratio": 1.0}, {}),
+    "evict": (ON, {}),
+    "async": (ON, {}),
+    "one at a time": ({**ON, "reduce_share": 0.1}, {}),
+    "unfold": ({**ON, "gqa": "unfold", "budget": "uniform"}, {}),
+    "codebooks": ({**ON, "method": "both"}, {"dtype": "bfloat16"}),
+    "prefix, no cache": ({**ON, "protected_prefix_tokens": 96}, {}),
+    "prefix": ({**ON, "protected_prefix_tokens": 96}, {"enable_prefix_caching": True}),
+    "preempted": (ON, LITTLE),
+}
+
+
+def served(model: str, version: int) -> dict[str, Any]:
+    """Per mode: tokens of a batch that mixes prompts under way with reduced ones, aborts beside."""
+    from contextlib import nullcontext
+    from dataclasses import replace
+
+    from engine_probe.interpreted import async_scheduling, enable
+
+    if version == 2:
+        enable()
+    import tiny
+    from engine_probe.engines import Ask, engine
+    from engine_probe.plan_watch import PlanWatch
+
+    prompts = [each["prompt_token_ids"] for each in tiny.prompts(8, PROMPT_LENS, seed=1)]
+    prompts[4][:96] = prompts[0][:96]
+    asks = [Ask(prompt, max_tokens=6 + 8 * i) for i, prompt in enumerate(prompts)]
+    found: dict[str, Any] = {}
+    for name, (spindle, options) in MODES.items():
+        ahead = async_scheduling() if version == 2 and name == "async" else nullcontext()
+        with ahead, engine(model, spindle, **{**EXACT, **options}) as running:
+            running.chunk(CHUNK)
+            runner = running.core.model_executor.driver_worker.worker.model_runner
+            found[name] = {
+                "is_v2": hasattr(runner, "req_states"),
+                "scheduler": running.describe()["scheduler"],
+            }
+            if spindle is None or spindle["keep_ratio"] == 1:
+                found[name]["tokens"] = running.run(asks)
+                continue
+            with PlanWatch(running) as watch:
+                running.add("gone", asks[0])
+                running.step()
+                running.step()
+                running.engine.abort_request(["gone"])
+                more = LONG if name in ("preempted", "evict") else 0
+                tokens = running.run(
+                    [replace(ask, max_tokens=ask.max_tokens + more) for ask in asks]
+                )
+                found[name] |= {"tokens": tokens, **watch.report()}
+            found[name]["stats"] = running.scheduler._stats["reductions"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def versions(llama: str) -> dict[str, Any]:
+    """Both runners, each in a process of its own."""
+    return {
+        "v1": in_child(served, model=llama, version=1),
+        "v2": in_child(served, env=ENVIRONMENT, model=llama, version=2),
+    }
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_same_tokens_as_v1(versions: dict[str, Any], mode: str) -> None:
+    """Token for token, reduced or not."""
+    assert versions["v2"][mode]["is_v2"] and not versions["v1"][mode]["is_v2"]
+    assert versions["v2"][mode]["tokens"] == versions["v1"][mode]["tokens"]
+
+
+def test_off_is_stock(versions: dict[str, Any]) -> None:
+    """Ratio 1.0 is as if not asked; a quarter is not: the comparison can tell."""
+    v2 = versions["v2"]
+    assert v2["ratio 1"]["tokens"] == v2["not asked"]["tokens"] != v2["evict"]["tokens"]
+
+
+@pytest.mark.parametrize("mode", [name for name in MODES if name not in ("not asked", "ratio 1")])
+def test_plan_is_held(versions: dict[str, Any], mode: str) -> None:
+    """At every step; when idle every block is free, and the adapters know nobody."""
+    for found in (versions["v1"][mode], versions["v2"][mode]):
+        assert found["problems"] == []
+        assert found["idle_free"]
+        assert found["left_over"] == []
+        assert found["stats"] >= 6
+    assert ("Async" in versions["v2"][mode]["scheduler"]) == (mode == "async")
+
+
+def test_the_cache_changes_nothing(versions: dict[str, Any]) -> None:
+    """A protected prefix found in the cache, or computed."""
+    v2 = versions["v2"]
+    assert v2["prefix"]["tokens"] == v2["prefix, no cache"]["tokens"] != v2["evict"]["tokens"]
+
+
+def test_preempted_requests_say_the_same(versions: dict[str, Any]) -> None:
+    """With little memory as with plenty."""
+    assert versions["v2"]["preempted"]["preemptions"] > 0
+    assert versions["v2"]["preempted"]["tokens"] == versions["v2"]["evict"]["tokens"]

@@ -124,17 +124,20 @@ def received_attention(
     for start in range(0, num_queries, QUERIES_AT_ONCE):
         part = queries[:, :, start : start + QUERIES_AT_ONCE]
         rows = first_position + stride * (start + torch.arange(part.shape[2], device=keys.device))
-        distance = rows[:, None] - places
+        # Nobody here sees what comes after the last of them.
+        stop = min(num_tokens, first_position + stride * (start + part.shape[2] - 1) + 1)
+        distance = rows[:, None] - places[:stop]
         flat = (part.float() * scale).reshape(num_kv_heads, -1, head_size)
-        logits = torch.bmm(flat, transposed).view(*part.shape[:3], num_tokens)
+        logits = torch.bmm(flat, transposed[..., :stop]).view(*part.shape[:3], stop)
         logits.masked_fill_(distance < 0, float("-inf"))
         attention = torch.softmax(logits, dim=-1)
         if min_distance > 0:
             attention.masked_fill_(distance < min_distance, 0)
         if weights is not None:
             attention *= weights[start : start + QUERIES_AT_ONCE, None]
+        seen = received[..., :stop]
         if reduction == "sum":
-            received += attention.sum(dim=2)
+            seen += attention.sum(dim=2)
         else:
-            received = torch.maximum(received, attention.amax(dim=2))
+            torch.maximum(seen, attention.amax(dim=2), out=seen)
     return received

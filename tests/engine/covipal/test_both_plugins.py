@@ -50,7 +50,32 @@ def answers(model: str) -> dict[str, Any]:
             found[name] = answer(llm, FAMILY, asks)
             pool = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
             found[f"{name}, left"] = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
-    return {**found, "chosen": chosen}
+    regions.choose_kept = stock_choose
+    return {**found, "chosen": chosen, **_cached(model, asks)}
+
+
+def _cached(model: str, asks: list[Any]) -> dict[str, Any]:
+    """With a prefix cache: each request alone, another question on its pictures, and it again."""
+    from dataclasses import replace
+
+    from vllm import SamplingParams
+
+    from engine_probe.lvlm import answer, lvlm_engine
+
+    others = [replace(ask, words=ask.words.replace("left right", "right left")) for ask in asks]
+    # What follows the pictures must be long enough for blocks before the reduced region.
+    spindle = {**SPINDLE, "budget": "uniform", "protected_prefix_tokens": 64}
+    found: dict[str, Any] = {}
+    for name, is_on in (("cache off", False), ("cache on", True)):
+        additional = {"covipal": COVIPAL, "spindle": spindle}
+        options = {"additional_config": additional, "enable_prefix_caching": is_on}
+        with lvlm_engine(model, FAMILY, None, **options) as llm:
+            rounds = [answer(llm, FAMILY, each, one_by_one=True) for each in (asks, others, asks)]
+            prompt = asks[0].prompt(FAMILY)
+            (output,) = llm.generate([prompt], SamplingParams(max_tokens=1), use_tqdm=False)
+            found[name] = [[a["tokens"] for a in each] for each in rounds]
+            found[f"{name}, hit"] = output.num_cached_tokens
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +96,12 @@ def test_both_prune_and_reduce(found: dict[str, Any]) -> None:
     assert len(found["chosen"]) == 7 * 2  # prompts, layers
     assert [a["tokens"] for a in found["both"]] != [a["tokens"] for a in found["covipal alone"]]
     assert found["both, left"] == found["keep all, left"] == 0
+
+
+def test_the_prefix_cache_changes_nothing(found: dict[str, Any]) -> None:
+    """The same request again, another question on the same pictures: as without a cache."""
+    assert found["cache on"] == found["cache off"]
+    assert found["cache on, hit"] >= 64 > found["cache off, hit"] == 0
 
 
 def test_the_deep_band_keeps_a_smaller_share_of_visual_tokens(found: dict[str, Any]) -> None:

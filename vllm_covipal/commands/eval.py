@@ -48,7 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="--json of another run over the same questions: its rows come first in the table",
+        help="--json of another run over the same questions: its rows come first in the table, "
+        "but for those measured again",
     )
     parser.add_argument("--json", metavar="FILE", help="write all figures, question by question")
     parser.add_argument("--markdown", metavar="FILE", help="write the table")
@@ -69,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
     questions = _questions(args)
     earlier = [_read_rows(path, questions, args.seed) for path in args.rows_from]
     results = _served(args, questions) if args.endpoint else _local(args, questions)
-    results.rows[:0] = [row for _, rows in earlier for row in rows]
+    every = [*(row for _, rows in earlier for row in rows), *results.rows]
+    results.rows = list({(row.method, row.keep_ratio): row for row in every}.values())
     text = markdown(results)
     print(text, end="")
     if args.markdown:

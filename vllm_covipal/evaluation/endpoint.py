@@ -44,8 +44,10 @@ class Endpoint:
         self._url = url.rstrip("/").removesuffix("/v1") + "/v1"
         self._max_new_tokens, self._num_parallel = max_new_tokens, num_parallel
         self._add_special_tokens = add_special_tokens
+        # One for all requests: making one costs more than many an answer.
+        self._client = httpx.Client(timeout=TIMEOUT_S)
         try:
-            listed = httpx.get(f"{self._url}/models", timeout=TIMEOUT_S).raise_for_status().json()
+            listed = self._client.get(f"{self._url}/models").raise_for_status().json()
             self.model = str(listed["data"][0]["id"])
         except (httpx.HTTPError, ValueError, KeyError, IndexError) as error:
             raise RuntimeError(f"no server answers at {self._url}/models ({error})") from None
@@ -78,7 +80,7 @@ class Endpoint:
         if keep_ratio is not None:
             body["vllm_xargs"] = {KEEP_RATIO_KEY: keep_ratio}
         try:
-            answer = httpx.post(f"{self._url}/chat/completions", json=body, timeout=TIMEOUT_S)
+            answer = self._client.post(f"{self._url}/chat/completions", json=body)
             answer.raise_for_status()
         except httpx.HTTPStatusError as error:
             raise RuntimeError(f"the server refused: {error.response.text[:300]}") from None

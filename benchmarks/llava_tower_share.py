@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=1 python benchmarks/llava_tower_share.py --out FILE
 
-Transformers' own layers at the model's true sizes, random bfloat16 weights, 576 visual tokens and 32
-of text; a layer's median time times its number. Embeddings, norms outside layers and the last token's
-logits are left out on both sides. The tower of ``vllm-covipal bench``'s made model is sized by this.
+Transformers' own layers at the model's true sizes, random bfloat16 weights, 576 visual tokens and
+32 of text; a layer's median time times its number. Embeddings, norms outside layers and the last
+token's logits are left out on both sides. The tower of ``vllm-covipal bench``'s made model is sized
+by this.
 """
 
 import argparse

@@ -193,8 +193,8 @@ def _protected_note(
     num_tokens = plans[0].prefix_blocks * policy.block_size
     num_bytes = num_tokens * geometry.token_bytes * geometry.num_layers
     return (
-        f"{num_tokens} tokens of protected prefix ({num_bytes // 1024:,} KiB) are held whole on top "
-        "of keep_ratio, which speaks of the rest; requests that share the prefix share these blocks"
+        f"{num_tokens} tokens of protected prefix ({num_bytes // 1024:,} KiB) are held whole on "
+        "top of keep_ratio, which speaks of the rest; requests that share the prefix share them"
     )
 
 

@@ -16,9 +16,9 @@ def print_plan(model: str, report: dict[str, Any]) -> None:
         highlight=False,
     )
     table = Table(
-        caption="tokens: protected (if any) + chosen by score (or merged) + recent; bytes: true GQA cache, "
-        f"{geometry['num_layers']} layers x {geometry['num_kv_heads']} kv heads x "
-        f"{geometry['head_size']} x 2, {geometry['dtype']}",
+        caption="tokens: protected (if any) + chosen by score (or merged) + recent; "
+        f"bytes: true GQA cache, {geometry['num_layers']} layers x "
+        f"{geometry['num_kv_heads']} kv heads x {geometry['head_size']} x 2, {geometry['dtype']}",
     )
     for title in (
         "layers",

@@ -144,6 +144,23 @@ def test_plan_by_hand(run: Run, model: Callable[..., str]) -> None:
     assert report["notes"] == []
 
 
+def test_plan_shows_what_a_protected_prefix_costs(run: Run, model: Callable[..., str]) -> None:
+    """1,500 tokens, 1,000 protected: 31 whole blocks in every band, a quarter of the 508 others."""
+    argv = ["plan", model(), "--keep-ratio", "0.25", "--prompt-len", "1500", "--json"]
+    report = json.loads(run(*argv, "--protected-prefix-tokens", "1000")[1])
+    assert [band["protected_tokens"] for band in report["bands"]] == [992] * 3
+    # 0.25 * 508 tokens * 6 layers in blocks of 2 layers x 32 tokens: 11, the window's 2 each in it.
+    assert sum(band["held_blocks"] - 31 for band in report["bands"]) == 11
+    assert sum(band["freed_blocks"] for band in report["bands"]) == 3 * 16 - 11
+    assert report["held_bytes"] == (3 * 31 + 11) * 32 * 2 * LAYER_TOKEN_BYTES
+    assert any("992 tokens of protected prefix" in note for note in report["notes"])
+    whole = json.loads(run(*argv, "--protected-prefix-tokens", "1400")[1])
+    assert not whole["is_reduced"]
+    assert any("kept whole" in note for note in whole["notes"])
+    auto = json.loads(run(*argv, "--protected-prefix-tokens", "auto")[1])
+    assert any("not known before the traffic" in note for note in auto["notes"])
+
+
 @pytest.mark.parametrize("prompt_len", [600, 1024, 1500, 4001])
 @pytest.mark.parametrize("num_layers", [6, 13])
 def test_plan_never_holds_more_than_asked(

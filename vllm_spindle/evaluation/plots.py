@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_spindle.evaluation.cells import FULL
-from vllm_spindle.evaluation.results import Results
+from vllm_spindle.evaluation.results import REFERENCE, Results
 from vllm_spindle.evaluation.tasks import DEPTH, NUM_DEPTHS
 
 MARKERS = "osD^v<>PX*hp"
@@ -41,12 +41,15 @@ def plot_accuracy(results: Results, path: Path) -> None:
 
 
 def _panel(axes: Any, results: Results, protocol: str) -> None:
+    from matplotlib import colormaps
+
     methods = list(dict.fromkeys(method for method, _ in results.columns))
+    colours = colormaps["tab20"].colors
     for i, method in enumerate(methods):
         columns = [column for column in results.columns if column[0] == method]
         if method == FULL:
             height = results.accuracy(protocol, columns[0])
-            axes.axhline(100 * height.mean, linestyle=":", color="black", label=FULL)
+            axes.axhline(100 * height.mean, linestyle=":", color="grey", label=FULL)
             continue
         points = []
         for column in columns:
@@ -56,12 +59,13 @@ def _panel(axes: Any, results: Results, protocol: str) -> None:
             points.append([100 * x for x in (ratio, interval.mean, below, above)])
         points.sort()
         ratios, means, below, above = zip(*points, strict=True)
-        is_ours = method == "spindle"
+        is_ours = method == REFERENCE
         axes.errorbar(
             ratios,
             means,
             yerr=[below, above],
             label=method,
+            color="black" if is_ours else colours[i % len(colours)],
             marker=MARKERS[i % len(MARKERS)],
             markersize=4,
             linewidth=2.4 if is_ours else 1.1,

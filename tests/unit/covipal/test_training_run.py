@@ -147,12 +147,15 @@ def _noisy() -> dict[str, Any]:
 
 
 def test_another_seed_is_another_run(tmp_path: Path) -> None:
-    """And the same seed the same, to the bit."""
-    losses = []
+    """And the same seed the same module, to the bit, noise included."""
+    weights, losses = [], []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        _train("llava", _recipe(tmp_path / name, seed=seed))
-        losses.append([row["loss"] for row in _curve(tmp_path / name / "stage1.csv")])
+        torch.manual_seed(len(weights))  # of no account
+        module = _train("llava", _recipe(tmp_path / name, seed=seed, stage2=_noisy()))
+        weights.append(torch.cat([weight.flatten() for weight in module.state_dict().values()]))
+        losses.append([row["loss"] for row in _curve(tmp_path / name / "stage2.csv")])
     assert losses[0] == losses[1] != losses[2]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
 def test_a_folder_of_another_recipe_is_refused(tmp_path: Path) -> None:

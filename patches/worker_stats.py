@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner as GPUModelRunnerV2
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_spindle_patches import plugin_stats
@@ -29,6 +30,7 @@ def apply(name: str, source: Source) -> None:
     _sources[name] = source
     for owner, method, parameters, wrap in (
         (GPUModelRunner, "sample_tokens", ("grammar_output",), _reporting),
+        (GPUModelRunnerV2, "sample_tokens", ("grammar_output",), _reporting),
         (Scheduler, "update_from_output", ("model_runner_output",), _adding),
         (Scheduler, "make_stats", (), _handing_on),
     ):
@@ -40,11 +42,13 @@ def apply(name: str, source: Source) -> None:
 def _reporting(stock: Any) -> Any:
     def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = stock(self, *args, **kwargs)
-        # An asynchronous output is filled elsewhere; its counts wait for the next step.
-        if isinstance(output, ModelRunnerOutput):
+        # Runner V2 wraps what is still on its way from the device. V1's asynchronous output is
+        # filled elsewhere; its counts wait for the next step.
+        carrier = getattr(output, "model_runner_output", output)
+        if isinstance(carrier, ModelRunnerOutput):
             found = {name: stats for name, of in _sources.items() if (stats := of(self))}
             if found:
-                _merge(output, found)
+                _merge(carrier, found)
         return output
 
     return sample_tokens

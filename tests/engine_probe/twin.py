@@ -77,7 +77,7 @@ def capture() -> Iterator[Captured]:
         step = active_reduction()
         if step is not None:
             layer_idx = extract_layer_index(layer.layer_name)
-            batch = step._batch()
+            batch = step._view.batch(step._scheduler_output)
             token = 0
             for request_id, computed, scheduled in zip(
                 batch.request_ids, batch.num_computed, batch.num_scheduled, strict=True

@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods",
         default=EVERYTHING,
         metavar="A,B",
-        help="rows of the table (default: everything; with --endpoint it is the server's own)",
+        help="rows of the table, ablations by name too (default: every method; with --endpoint it "
+        "is the server's own)",
     )
     parser.add_argument(
         "--budgets",
@@ -157,11 +158,11 @@ def _methods(args: argparse.Namespace) -> list[str]:
         from vllm_spindle.evaluation.endpoint import SERVED
 
         return [FULL, SERVED]
-    from vllm_spindle.baselines import METHODS
+    from vllm_spindle.baselines import ABLATIONS, METHODS
 
     if args.methods == EVERYTHING:
         return list(METHODS)
-    return _named("--methods", args.methods, tuple(METHODS))
+    return _named("--methods", args.methods, (*METHODS, *ABLATIONS))
 
 
 def _tasks(args: argparse.Namespace, dialect: Any, lengths: list[int]) -> list[str]:

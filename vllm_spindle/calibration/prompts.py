@@ -43,11 +43,14 @@ def needle_prompts(tokenizer: Any, num_prompts: int, num_tokens: int) -> list[li
     return [tokenizer(question.prompt).input_ids for question in questions]
 
 
-def speaks_needle(tokenizer: Any | None) -> bool:
-    """Whether this is the bundled model's tokenizer."""
+def speaks_needle(model: str, tokenizer: Any | None) -> bool:
+    """Whether this is models/needle: its words, and no other dialect of them (models/recall)."""
     from vllm_spindle.evaluation.needle import VOCAB
 
-    return tokenizer is not None and set(tokenizer.get_vocab()) == set(VOCAB)
+    if tokenizer is None or set(tokenizer.get_vocab()) != set(VOCAB):
+        return False
+    config = Path(model) / "config.json"
+    return "dialect" not in json.loads(config.read_text(encoding="utf-8"))
 
 
 def _token_ids(line: str, tokenizer: Any | None, where: str) -> list[int]:

@@ -204,7 +204,7 @@ def _read(args: argparse.Namespace) -> tuple[str, list[list[int]]]:
     tokenizer = load_tokenizer(args.model)
     if args.prompts is not None:
         return args.prompts, read_prompts(args.prompts, tokenizer, args.num_prompts)
-    if not speaks_needle(tokenizer):
+    if not speaks_needle(args.model, tokenizer):
         raise ValueError(
             f"MODEL={args.model}: give --prompts FILE, some prompts as you serve them (questions "
             "are generated for models/needle only)"

@@ -213,6 +213,18 @@ def test_every_plan_survives_its_file(tmp_path: Path) -> None:
         assert load_config(path) == config
 
 
+RECALL = Path(__file__).parents[3] / "models" / "recall"
+
+
+def test_another_dialect_of_the_same_words_needs_prompts(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """models/recall shares models/needle's words, and would not understand its questions."""
+    assert cli.main(["calibrate", str(RECALL)]) == 2
+    said = capsys.readouterr().err
+    assert "--prompts" in said and said.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("argv", "parts"),
     [

@@ -190,10 +190,8 @@ class SpindleImplMixin:
         **kwargs: Any,
     ) -> Tensor:
         reduction = active_reduction()
-        if reduction is not None and reduction.step.window is not None:
-            window = reduction.step.window
-            layer_idx = extract_layer_index(layer.layer_name)
-            reduction.stash.record(layer_idx, query, window.source, window.target)
+        if reduction is not None:
+            reduction.stash.record(extract_layer_index(layer.layer_name), query)
         if isinstance(attn_metadata, CodebookMetadata):
             if attn_metadata.stock is not None:
                 super().forward(

@@ -100,17 +100,17 @@ class Reducer:
         block_size = self.policy.block_size
         plan = BandPlan(first_block=1, tail_block=3, prompt_blocks=3)
         tokens = torch.randn(num_kv_heads, 3 * block_size, region.head_size)
-        tokens = tokens.to(layer.kv_cache.dtype)
+        tokens = tokens.to(layer.kv_cache)
         prompt = LayerPrompt(
             queries=torch.randn(
                 num_kv_heads, self.policy.num_queries_per_kv, block_size, region.head_size
-            ),
+            ).to(layer.kv_cache.device),
             keys=tokens,
             values=tokens,
             prompt_len=3 * block_size,
             rule=self._rule(0, 0),
         )
-        region.fill(layer, prompt, plan, torch.tensor([1, 2]))
+        region.fill(layer, prompt, plan, torch.tensor([1, 2], device=layer.kv_cache.device))
         region.stats = CodebookStats()
 
     def take_stats(self) -> dict[str, Any] | None:
@@ -173,7 +173,7 @@ class Reducer:
         past: list[str | None] = []
         ends: list[PromptEnd] = []
         sources: list[Tensor] = []
-        targets: list[Tensor] = []
+        counts: list[tuple[str, int]] = []
         token = 0
         rows = zip(
             batch.request_ids,
@@ -190,18 +190,16 @@ class Reducer:
                 first = max(computed, prompt_len - self._window)
                 stop = min(computed + scheduled, prompt_len)
                 if first < stop:
-                    slot = self.stash.slot(request_id)
-                    offset = first - (prompt_len - self._window)
                     sources.append(torch.arange(stop - first) + (token + first - computed))
-                    targets.append(self.stash.rows(slot, offset, stop - first))
+                    counts.append((request_id, stop - first))
                     if stop == prompt_len:
-                        ends.append(PromptEnd(request_id, prompt_len, plans, slot))
+                        ends.append(PromptEnd(request_id, prompt_len, plans))
             token += scheduled
         self._plan_rows(past)
         return Step(
             bands=tuple(dense for dense, _ in self._past_rows),
             codebooks=tuple(codebooks for _, codebooks in self._past_rows),
-            window=WindowRows(torch.cat(sources), torch.cat(targets)) if sources else None,
+            window=WindowRows(torch.cat(sources), tuple(counts)) if sources else None,
             prompt_ends=tuple(ends),
         )
 
@@ -290,7 +288,7 @@ class Reducer:
     ) -> LayerPrompt:
         keys, values = self.layout.read(layer.kv_cache, blocks)
         num_kv_heads, _, head_size = keys.shape
-        queries = self.stash.read(layer.layer_idx, end.slot)
+        queries = self.stash.read(layer.layer_idx, end.request_id)
         return LayerPrompt(
             # [W, K * G, D] -> [K, G, W, D]
             queries=queries.view(len(queries), num_kv_heads, -1, head_size).permute(1, 2, 0, 3),

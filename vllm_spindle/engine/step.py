@@ -36,7 +36,6 @@ class PromptEnd:
     request_id: str
     prompt_len: int
     plans: tuple[BandPlan, ...]
-    slot: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,10 +114,15 @@ class CodebookRows:
 
 @dataclass(frozen=True)
 class WindowRows:
-    """Which tokens of the step are window queries, and where the stash keeps them. int64."""
+    """Which tokens of the step are window queries, n of them, and whose.
+
+    Attributes:
+        source: tokens of the step, request by request, oldest first. [n], int64.
+        counts: request and number of tokens, in the same order.
+    """
 
     source: Tensor
-    target: Tensor
+    counts: tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)

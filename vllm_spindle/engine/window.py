@@ -1,67 +1,104 @@
-"""The observation window's queries, kept from the forward pass until the prompt ends.
+"""The observation window's queries, kept from the forward pass until the prompt is reduced.
 
-Queries are activations: after the forward they are gone, and a window may straddle chunks. They
-are copied by index into one persistent buffer, with no data-dependent control flow, so that the
-same copy can be captured in a CUDA graph.
+Queries are activations: after the forward they are gone, and a window may straddle chunks.
 
-Shapes: L layers, S slots, W window, H query heads, D head size.
+A forward of at most ``staged_tokens`` tokens may be a captured CUDA graph, which runs no Python and
+knows the addresses of its capture alone. So ``record`` copies all queries of such a forward, row
+for row, into one persistent buffer, whatever the step asks for; a larger forward is never a graph,
+and ``record`` takes the step's window rows at once. ``settle``, after the forward, hands each
+request its rows. Memory: the staging buffer, and windows of prompts that are not reduced yet.
+
+Shapes: L layers, W window, H query heads, D head size, n window queries of a step.
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from vllm_spindle.engine.step import WindowRows
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A request's rows [first, stop) among a step's window queries, [n, H, D] of each layer."""
+
+    layers: Sequence[Tensor]
+    first: int
+    stop: int
+
 
 class WindowStash:
-    """Slots of W queries per layer, one slot per request whose prompt is about to end."""
+    """Window queries of the running step, and of every prompt that waits for its end."""
 
     def __init__(
-        self, num_layers: int, window: int, num_heads: int, head_size: int, dtype: torch.dtype
+        self,
+        num_layers: int,
+        num_heads: int,
+        head_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        staged_tokens: int = 0,
     ) -> None:
-        self._row_shape = (num_heads, head_size)
-        self._num_layers = num_layers
-        self._window = window
-        self._dtype = dtype
-        self._slot_of: dict[str, int] = {}
-        self._free: list[int] = []
-        self._buffer = torch.empty(num_layers, 0, num_heads, head_size, dtype=dtype)
+        """Allocate.
 
-    def slot(self, request_id: str) -> int:
-        """The request's slot, taken on first use; the buffer doubles when none is free."""
-        if request_id not in self._slot_of:
-            if not self._free:
-                self._grow()
-            self._slot_of[request_id] = self._free.pop()
-        return self._slot_of[request_id]
+        Args:
+            num_layers: L, all of the model's.
+            num_heads: H, this rank's.
+            head_size: D.
+            dtype: of the queries.
+            device: of the queries.
+            staged_tokens: most tokens of a forward that may be a graph; 0 without graphs.
+        """
+        self._staged = torch.zeros(
+            num_layers, staged_tokens, num_heads, head_size, dtype=dtype, device=device
+        )
+        self._taken: list[Tensor | None] = [None] * num_layers
+        self._rows: WindowRows | None = None
+        self._source = torch.empty(0, dtype=torch.int64, device=device)
+        self._pieces: dict[str, list[_Piece]] = {}
+
+    def expect(self, rows: WindowRows | None) -> None:
+        """Before the forward: the step's window queries, None if it has none."""
+        self._rows = rows
+        self._taken = [None] * len(self._taken)
+        if rows is not None:
+            self._source = rows.source.to(self._staged.device, non_blocking=True)
+
+    def record(self, layer_idx: int, queries: Tensor) -> None:
+        """In the forward, once for each layer. queries: of all tokens and padding, [T, H, D]."""
+        if len(queries) <= self._staged.shape[1]:
+            self._staged[layer_idx, : len(queries)].copy_(queries)
+        elif self._rows is not None:
+            self._taken[layer_idx] = queries.index_select(0, self._source)
+
+    def settle(self) -> None:
+        """After the forward: the step's rows, each request its own; nothing the second time."""
+        rows, self._rows = self._rows, None
+        if rows is None:
+            return
+        taken = [layer for layer in self._taken if layer is not None]
+        assert len(taken) in (0, len(self._taken))
+        # Nothing taken: staged, perhaps by a graph.
+        layers = taken or self._staged.index_select(1, self._source)
+        first = 0
+        for request_id, count in rows.counts:
+            piece = _Piece(layers, first, first + count)
+            self._pieces.setdefault(request_id, []).append(piece)
+            first += count
 
     def release(self, request_id: str) -> None:
-        """Give the request's slot back; nothing happens if it has none."""
-        slot = self._slot_of.pop(request_id, None)
-        if slot is not None:
-            self._free.append(slot)
+        """Forget the request's queries; nothing happens if it has none."""
+        self._pieces.pop(request_id, None)
 
     def holders(self) -> list[str]:
-        """Requests that hold a slot."""
-        return list(self._slot_of)
+        """Requests that have queries here."""
+        return list(self._pieces)
 
-    def rows(self, slot: int, first: int, count: int) -> Tensor:
-        """Buffer rows of window offsets ``[first, first + count)`` of a slot, int64."""
-        start = slot * self._window + first
-        return torch.arange(start, start + count)
-
-    def record(self, layer_idx: int, queries: Tensor, source: Tensor, target: Tensor) -> None:
-        """Copy ``queries[source]`` to buffer rows ``target``. queries: [T, H, D]."""
-        self._buffer[layer_idx].index_copy_(0, target, queries.index_select(0, source))
-
-    def read(self, layer_idx: int, slot: int) -> Tensor:
-        """The window's queries of a slot, oldest first. [W, H, D]."""
-        start = slot * self._window
-        return self._buffer[layer_idx, start : start + self._window]
-
-    def _grow(self) -> None:
-        num_slots = self._buffer.shape[1] // self._window
-        added = max(num_slots, 4)
-        more = torch.empty(
-            self._num_layers, added * self._window, *self._row_shape, dtype=self._dtype
-        )
-        self._buffer = torch.cat((self._buffer, more), dim=1)
-        self._free.extend(range(num_slots + added - 1, num_slots - 1, -1))
+    def read(self, layer_idx: int, request_id: str) -> Tensor:
+        """The window's queries of a request, oldest first. [W, H, D]."""
+        pieces = [
+            piece.layers[layer_idx][piece.first : piece.stop] for piece in self._pieces[request_id]
+        ]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

@@ -86,6 +86,7 @@ class RunnerReduction:
         """The current step, planned when first asked for: once the batch is up to date."""
         if self._step is None:
             self._step = self.reducer.plan_step(self._view.batch(self._scheduler_output))
+            self.stash.expect(self._step.window)
         return self._step
 
     @property
@@ -122,6 +123,7 @@ class RunnerReduction:
 
     def finish(self) -> None:
         """Reduce prompts that ended, as much as a step may; the scheduler holds back the rest."""
+        self.stash.settle()
         ends = self._step.prompt_ends if self._step is not None else ()
         for end in sorted(ends, key=lambda end: end.request_id):
             self._queue.push(end.request_id, end.prompt_len)
@@ -179,12 +181,19 @@ def _make_reducer(runner: Any, view: RunnerView) -> Reducer:
     attention = layers[groups[0].layer_names[0]]
     stash = WindowStash(
         num_layers=spec.policy.num_layers,
-        window=spec.policy.config.window,
         num_heads=attention.num_heads,
         head_size=attention.head_size,
         dtype=first.kv_cache.dtype,
+        device=first.kv_cache.device,
+        staged_tokens=_graph_tokens(runner.compilation_config),
     )
     return Reducer(spec.policy, bands, stash)
+
+
+def _graph_tokens(config: Any) -> int:
+    """Most tokens of a forward that may be captured whole, attention included."""
+    is_captured = config.cudagraph_mode is not None and config.cudagraph_mode.has_full_cudagraphs()
+    return (config.max_cudagraph_capture_size or 0) if is_captured else 0
 
 
 def _reduced_layer(layer: Any, cos_sin: Tensor | None) -> ReducedLayer:

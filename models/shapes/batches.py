@@ -1,6 +1,6 @@
 """Training batches: pictures, codes and packed questions, all drawn from a seed and a step.
 
-Shapes: B pictures, N visual tokens of a picture, T tokens of a row, E hidden size.
+Shapes: A attributes, B pictures, N visual tokens of a picture, T tokens of a row, E hidden size.
 
 A row is one picture and many questions. A mask lets a question see the picture and itself only, and
 its positions go on from the picture's, so each question is exactly the prompt that a server sees.
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from structure import NUM_ATTRIBUTES, TOKEN_IDS, scene_codes
+from structure import TOKEN_IDS, scene_codes
 from torch import Tensor
 
 from vllm_covipal.evaluation import scenes, shapes
@@ -39,7 +39,7 @@ class Rows:
         positions: [B, T].
         allowed: [B, 1, T, T], bool; True where a query (row) may see a key (column).
         targets: [B, T]; the next token where it is part of an answer, else ``IGNORED``.
-        types: [B, T]; index of the question's type at the answer's first token, else -1.
+        types: [B, T]; index of the question's type where a word of its answer is next, else -1.
     """
 
     ids: Tensor
@@ -51,9 +51,11 @@ class Rows:
     types: Tensor
 
 
-def draw_scenes(rng: random.Random, num_pictures: int) -> list[scenes.Scene]:
+def draw_scenes(
+    rng: random.Random, num_pictures: int, world: scenes.World = scenes.SHAPES_WORLD
+) -> list[scenes.Scene]:
     """Scenes of training seeds."""
-    return [scenes.make_scene(rng.randrange(NUM_SEEDS)) for _ in range(num_pictures)]
+    return [scenes.make_scene(rng.randrange(NUM_SEEDS), world) for _ in range(num_pictures)]
 
 
 def codes_of(drawn: list[scenes.Scene]) -> Tensor:
@@ -68,18 +70,19 @@ def pixels_of(drawn: list[scenes.Scene]) -> Tensor:
     return (values - PIXEL_MEAN) / PIXEL_STD
 
 
-def _question_ids(question: shapes.Question) -> tuple[list[int], int]:
-    """Tokens of question and answer, ``</s>`` included; the answer's token."""
+def _question_ids(question: shapes.Question) -> tuple[list[int], list[int]]:
+    """Tokens of question and answer, ``</s>`` included; the answer's tokens."""
     words = question.text.removesuffix("?").split()
-    answer = TOKEN_IDS[question.answer]
-    ids = [*(TOKEN_IDS[word] for word in words), TOKEN_IDS["?"], ASSISTANT, answer, EOS]
+    answer = [TOKEN_IDS[word] for word in question.answer.split()]
+    ids = [*(TOKEN_IDS[word] for word in words), TOKEN_IDS["?"], ASSISTANT, *answer, EOS]
     return ids, answer
 
 
 def _kept_cells(rng: random.Random, questions: list[shapes.Question]) -> list[int]:
     """Cells of the asked things, and a random share of the others, ascending."""
     asked = {cell for question in questions for cell in question.cells}
-    others = [cell for cell in range(scenes.NUM_CELLS) if cell not in asked]
+    num_cells = questions[0].scene.world.num_cells
+    others = [cell for cell in range(num_cells) if cell not in asked]
     num_others = int(len(others) * rng.random() ** 2)
     return sorted({*asked, *rng.sample(others, max(num_others, not asked))})
 
@@ -93,7 +96,8 @@ def make_rows(rng: random.Random, drawn: list[scenes.Scene], weights: dict[str, 
         asker = shapes.Asker(scene, rng)
         count = rng.randint(*NUM_QUESTIONS_PRUNED) if is_pruned else NUM_QUESTIONS
         questions = [asker.ask(type) for type in rng.choices(types, shares, k=count)]
-        cells = _kept_cells(rng, questions) if is_pruned else list(range(scenes.NUM_CELLS))
+        cells = range(scene.world.num_cells)
+        cells = _kept_cells(rng, questions) if is_pruned else list(cells)
         kept += [(i, cell) for cell in cells]
         rows.append((len(cells), questions))
     return _pack(rows, kept)
@@ -112,8 +116,9 @@ def _pack(rows: list[tuple[int, list[shapes.Question]]], kept: list[tuple[int, i
             ids += tokens
             positions += range(start, start + size)
             segments += [segment] * size
-            targets += [*[IGNORED] * (size - 3), answer, EOS, IGNORED]
-            types += [*[-1] * (size - 3), shapes.TYPES.index(question.type), -1, -1]
+            before, type = size - len(answer) - 2, shapes.TYPES.index(question.type)
+            targets += [*[IGNORED] * before, *answer, EOS, IGNORED]
+            types += [*[-1] * before, *[type] * len(answer), -1, -1]
         columns.append([ids, positions, segments, targets, types])
     length = max(len(row[0]) for row in columns)
     fills = (TOKEN_IDS[shapes.PAD], 0, -1, IGNORED, -1)
@@ -135,11 +140,13 @@ def _pack(rows: list[tuple[int, list[shapes.Question]]], kept: list[tuple[int, i
     )
 
 
-def noisy(rng: random.Random, codes: Tensor, hidden_size: int) -> Tensor:
-    """``codes`` as visual tokens of an imperfect tower, [B, N, E]."""
+def noisy(rng: random.Random, codes: Tensor, basis: Tensor) -> Tensor:
+    """``codes`` as visual tokens of an imperfect tower, [B, N, E].
+
+    Args:
+        basis: the visual tokens' direction of each attribute. [A, E].
+    """
     generator = torch.Generator().manual_seed(rng.getrandbits(60))
-    noise = torch.randn(*codes.shape[:2], hidden_size, generator=generator)
+    noise = torch.randn(*codes.shape[:2], basis.shape[1], generator=generator)
     scale = torch.rand(len(codes), 1, 1, generator=generator)
-    tokens = noise * (0.02 + 0.15 * scale)
-    tokens[:, :, :NUM_ATTRIBUTES] += codes
-    return tokens
+    return noise * (0.02 + 0.15 * scale) + codes @ basis

@@ -7,8 +7,8 @@ what visual tokens the language model gets: ``all``, ``asked`` (the asked things
 ``unasked`` (all but the cells that see an asked thing), a number (that many: the asked centres, the
 rest drawn at random), or ``none``. Tokens that are left out leave no gap in the positions.
 
-An answer counts only if greedy decoding gives its word and ``</s>`` right after: that is so exactly
-when each of the two is the likeliest token after what comes before it, so one pass tells.
+An answer counts only if greedy decoding gives its words and ``</s>`` right after: that is so
+exactly when each of these is the likeliest token after what comes before it, so one pass tells.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SEED = 1_000_003
 
 def kept_cells(question: shapes.Question, tokens: str) -> list[int]:
     """Cells whose visual tokens the language model gets, ascending."""
-    cells = range(scenes.NUM_CELLS)
+    cells = range(question.scene.world.num_cells)
     if tokens == "all":
         return list(cells)
     if tokens == "none":
@@ -44,9 +44,13 @@ def kept_cells(question: shapes.Question, tokens: str) -> list[int]:
 
 
 def is_right(
-    model: LlavaForConditionalGeneration, ids: Tensor, features: Tensor, cells: list[int]
+    model: LlavaForConditionalGeneration,
+    ids: Tensor,
+    features: Tensor,
+    cells: list[int],
+    num_said: int = 2,
 ) -> bool:
-    """Whether greedy decoding says the last two of ``ids`` after the others.
+    """Whether greedy decoding says the last ``num_said`` of ``ids`` after the others.
 
     Args:
         ids: prompt, answer and ``</s>``. [T].
@@ -55,9 +59,9 @@ def is_right(
     """
     start = int((ids == model.config.image_token_index).nonzero()[0])
     embeds = model.get_input_embeddings()(ids)
-    embeds = torch.cat((embeds[:start], features[cells], embeds[start + scenes.NUM_CELLS :]))
-    logits = model(inputs_embeds=embeds[None, :-1]).logits[0, -2:]
-    return torch.equal(logits.argmax(-1), ids[-2:])
+    embeds = torch.cat((embeds[:start], features[cells], embeds[start + len(features) :]))
+    logits = model(inputs_embeds=embeds[None, :-1]).logits[0, -num_said:]
+    return torch.equal(logits.argmax(-1), ids[-num_said:])
 
 
 @torch.inference_mode()
@@ -76,7 +80,8 @@ def table(
         features = model.model.get_image_features(pixels).pooler_output[0]
         for tokens in settings:
             cells = kept_cells(question, tokens)
-            right = is_right(model, inputs["input_ids"][0], features, cells)
+            num_said = len(question.answer.split()) + 1
+            right = is_right(model, inputs["input_ids"][0], features, cells, num_said)
             for key in (question.type, f"{question.type}: {question.kind}", "~all"):
                 rights[key][tokens].append(right)
     return rights
@@ -89,12 +94,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--tokens", nargs="+", default=["all"])
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--world", choices=tuple(scenes.WORLDS), default="shapes")
     args = parser.parse_args()
     torch.set_num_threads(1)
     processor = AutoProcessor.from_pretrained(args.model)
     dtype = getattr(torch, args.dtype)
     model = LlavaForConditionalGeneration.from_pretrained(args.model, dtype=dtype).eval()
-    questions = shapes.make_questions(args.num_questions, seed=args.seed)
+    world = scenes.WORLDS[args.world]
+    questions = shapes.make_questions(args.num_questions, seed=args.seed, world=world)
     rights = table(model, processor, questions, args.tokens)
     print(f"{args.dtype}, seed {args.seed}")
     print(" | ".join(["", "type", "questions", *args.tokens, ""]).strip())

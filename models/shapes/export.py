@@ -11,15 +11,16 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
 from vllm_covipal.evaluation import scenes, shapes
+from vllm_covipal.evaluation.scenes import SHAPES_WORLD, World
 
 WEIGHTS = "model.safetensors"
 TOWER, HUB_TOWER = "vision_tower.", "vision_tower.vision_model."
 
 
-def build_processor() -> LlavaProcessor:
+def build_processor(world: World = SHAPES_WORLD) -> LlavaProcessor:
     """Image processor, tokenizer and chat template."""
     image_processor = CLIPImageProcessor(
-        size={"height": scenes.IMAGE_PIXELS, "width": scenes.IMAGE_PIXELS},
+        size={"height": world.image_pixels, "width": world.image_pixels},
         do_center_crop=False,
         image_mean=[PIXEL_MEAN] * 3,
         image_std=[PIXEL_STD] * 3,
@@ -35,7 +36,12 @@ def build_processor() -> LlavaProcessor:
     )
 
 
-def save(model: LlavaForConditionalGeneration, out: Path, provenance: dict[str, object]) -> None:
+def save(
+    model: LlavaForConditionalGeneration,
+    out: Path,
+    provenance: dict[str, object],
+    world: World = SHAPES_WORLD,
+) -> None:
     """Weights in bfloat16, configs, processor, and where it all comes from.
 
     transformers 5 saves ``vision_tower.embeddings``; checkpoints on the hub, and so vLLM, say
@@ -50,5 +56,5 @@ def save(model: LlavaForConditionalGeneration, out: Path, provenance: dict[str, 
     }
     save_file(weights, out / WEIGHTS, metadata={"format": "pt"})
     (out / WEIGHTS).chmod(0o644)  # safetensors leaves it to its owner alone
-    build_processor().save_pretrained(out)
+    build_processor(world).save_pretrained(out)
     (out / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")

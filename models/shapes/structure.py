@@ -20,18 +20,29 @@ nothing is frozen.
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from vllm_covipal.evaluation import scenes, shapes
-from vllm_covipal.evaluation.scenes import COLORS, LETTERS, NUM_CELLS, SHAPES, Scene
+from vllm_covipal.evaluation.scenes import (
+    COLORS,
+    LETTERS,
+    SHAPES,
+    SHAPES_WORLD,
+    Scene,
+    Thing,
+    World,
+)
 
 NUM_ATTRIBUTES = 64
 OWN, WORD, ASK, OBJECT = 0, 64, 96, 128  # first row of each part of the residual stream
 HIDDEN = 192
 COLOR, SHAPE, LETTER, ROW, COLUMN = 0, 8, 16, 34, 46  # first row of each attribute in OWN
+DULL = 45  # a distractor; ROW reaches it in no world that has any
 X, Y, IS_CENTRE, IS_VISUAL, IS_TEXT, IS_BOS = 58, 59, 60, 61, 62, 63
 WORD_GAIN = 0.25
 PART_RATIO = 0.25  # of a cell: what a thing must cover there to be coded besides its own cell
@@ -48,7 +59,7 @@ NOISE_STD = 0.02
 TOKEN_IDS = {token: i for i, token in enumerate(shapes.VOCAB)}
 
 
-def shapes_config() -> LlavaConfig:
+def shapes_config(world: World = SHAPES_WORLD, hidden_size: int = HIDDEN) -> LlavaConfig:
     """LLaVA-1.5 in small: CLIP tower of 3 layers, two-layer projector, Llama of 6 layers."""
     return LlavaConfig(
         vision_config=CLIPVisionConfig(
@@ -56,14 +67,14 @@ def shapes_config() -> LlavaConfig:
             intermediate_size=384,
             num_hidden_layers=3,
             num_attention_heads=4,
-            image_size=scenes.IMAGE_PIXELS,
+            image_size=world.image_pixels,
             patch_size=scenes.CELL_PIXELS,
             projection_dim=128,
             hidden_act="quick_gelu",
         ),
         text_config=LlamaConfig(
             vocab_size=len(shapes.VOCAB),
-            hidden_size=HIDDEN,
+            hidden_size=hidden_size,
             intermediate_size=384,
             num_hidden_layers=6,
             num_attention_heads=NUM_HEADS,
@@ -78,7 +89,7 @@ def shapes_config() -> LlavaConfig:
             eos_token_id=TOKEN_IDS[shapes.EOS],
         ),
         image_token_index=TOKEN_IDS[shapes.IMAGE],
-        image_seq_length=NUM_CELLS,
+        image_seq_length=world.num_cells,
         projector_hidden_act="gelu",
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
@@ -87,19 +98,22 @@ def shapes_config() -> LlavaConfig:
     )
 
 
-def cell_codes() -> np.ndarray:
+@cache
+def cell_codes(world: World = SHAPES_WORLD) -> np.ndarray:
     """The codes of an empty picture, [cells, NUM_ATTRIBUTES] float32: where each cell is."""
-    codes = np.zeros((NUM_CELLS, NUM_ATTRIBUTES), dtype=np.float32)
-    rows, columns = np.divmod(np.arange(NUM_CELLS), scenes.NUM_COLUMNS)
-    codes[np.arange(NUM_CELLS), ROW + rows] = 1
-    codes[np.arange(NUM_CELLS), COLUMN + columns] = 1
-    codes[:, X] = columns / 5.5 - 1
-    codes[:, Y] = rows / 5.5 - 1
+    cells = np.arange(world.num_cells)
+    codes = np.zeros((world.num_cells, NUM_ATTRIBUTES), dtype=np.float32)
+    rows, columns = np.divmod(cells, world.num_columns)
+    codes[cells, ROW + rows // world.cells_per_place] = 1
+    codes[cells, COLUMN + columns // world.cells_per_place] = 1
+    middle = (world.num_columns - 1) / 2
+    codes[:, X] = columns / middle - 1
+    codes[:, Y] = rows / middle - 1
     codes[:, IS_VISUAL] = 1
+    codes.flags.writeable = False
     return codes
 
 
-_CELL_CODES = cell_codes()
 _COLOR_IDX = {color: COLOR + i for i, color in enumerate(COLORS)}
 _SHAPE_IDX = {shape: SHAPE + i for i, shape in enumerate(SHAPES)}
 _LETTER_IDX = {letter: LETTER + i for i, letter in enumerate(LETTERS)}
@@ -107,17 +121,24 @@ _LETTER_IDX = {letter: LETTER + i for i, letter in enumerate(LETTERS)}
 
 def scene_codes(scene: Scene) -> np.ndarray:
     """What each visual token is to say of a scene, [cells, NUM_ATTRIBUTES] float32."""
-    codes = _CELL_CODES.copy()
-    for thing in scene.things:
+    codes = cell_codes(scene.world).copy()
+    for thing in (*scene.things, *scene.distractors):
         for cell, ratio in scenes.coverage(thing).items():
             if cell == thing.cell or ratio >= PART_RATIO:
                 strength = 1.0 if cell == thing.cell else PART_CODE
-                codes[cell, _COLOR_IDX[thing.color]] = strength
-                codes[cell, _SHAPE_IDX[thing.shape]] = strength
+                for row in _kind_rows(thing):
+                    codes[cell, row] = strength
         codes[thing.cell, IS_CENTRE] = 1
         if thing.letter is not None:
-            codes[thing.cell, _LETTER_IDX[thing.letter]] = 1
+            codes[thing.cell, [_LETTER_IDX[letter] for letter in thing.letter]] = 1
     return codes
+
+
+def _kind_rows(thing: Thing) -> tuple[int, ...]:
+    """Rows of its colour and shape; a distractor has one for both."""
+    if thing.shape == scenes.DULL_SHAPE:
+        return (DULL,)
+    return _COLOR_IDX[thing.color], _SHAPE_IDX[thing.shape]
 
 
 def attributes_of_words() -> dict[str, int]:

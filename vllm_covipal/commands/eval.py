@@ -24,7 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ppm", metavar="PATH", help="folder of a trained pruning module")
     parser.add_argument("--blind-ppm", metavar="PATH", help="one trained with max_text_tokens 0")
     parser.add_argument(
-        "--data", metavar="FILE", help="samples in the LLaVA format; default: generated shapes"
+        "--data", metavar="FILE", help="samples in the LLaVA format; default: generated scenes"
+    )
+    parser.add_argument(
+        "--scenes",
+        choices=("shapes", "crowd"),
+        default="shapes",
+        help="whose generated scenes: models/shapes' or models/crowd's (default: shapes)",
     )
     parser.add_argument("--images", default=".", metavar="DIR", help="where its image paths start")
     parser.add_argument("--num-questions", type=int, default=400, metavar="N", help="default: 400")
@@ -68,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     from vllm_covipal.evaluation.table import markdown, plot
 
     questions = _questions(args)
-    earlier = [_read_rows(path, questions, args.seed) for path in args.rows_from]
+    earlier = [_read_rows(path, questions, args) for path in args.rows_from]
     results = _served(args, questions) if args.endpoint else _local(args, questions)
     every = [*(row for _, rows in earlier for row in rows), *results.rows]
     results.rows = list({(row.method, row.keep_ratio): row for row in every}.values())
@@ -78,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
         Path(args.markdown).write_text(text, encoding="utf-8")
     if args.json:
         made_by = provenance() | {"num_questions": len(questions), "seed": args.seed}
+        made_by["scenes"] = args.scenes
         made_by["command"] = " ".join(["vllm-covipal", *sys.argv[1:]])
         made_by["rows_from"] = [of_report for of_report, _ in earlier]
         document = {"provenance": made_by, "rows": results.as_json()}
@@ -90,11 +97,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _questions(args: argparse.Namespace) -> Any:
     from vllm_covipal.evaluation.questions import SEED, file_questions, shapes_questions
+    from vllm_covipal.evaluation.scenes import WORLDS
 
     if args.data:
         return file_questions(args.data, args.images, args.num_questions)
     args.seed = SEED if args.seed is None else args.seed
-    return shapes_questions(args.num_questions, seed=args.seed)
+    return shapes_questions(args.num_questions, seed=args.seed, world=WORLDS[args.scenes])
 
 
 def _served(args: argparse.Namespace, questions: Any) -> Any:
@@ -113,7 +121,9 @@ def _served(args: argparse.Namespace, questions: Any) -> Any:
     return results
 
 
-def _read_rows(path: str, questions: Any, seed: int | None) -> tuple[dict[str, Any], list[Any]]:
+def _read_rows(
+    path: str, questions: Any, args: argparse.Namespace
+) -> tuple[dict[str, Any], list[Any]]:
     """What made a report of ``--json``, and its rows.
 
     Raises:
@@ -135,11 +145,12 @@ def _read_rows(path: str, questions: Any, seed: int | None) -> tuple[dict[str, A
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--rows-from {path}: not a report of --json ({error!r})") from None
-    theirs, ours = (made_by["num_questions"], made_by["seed"]), (len(questions), seed)
+    theirs = (made_by["num_questions"], made_by["seed"], made_by.get("scenes", "shapes"))
+    ours = (len(questions), args.seed, args.scenes)
     if theirs != ours:
         raise ValueError(
-            f"--rows-from {path}: {theirs[0]} questions of seed {theirs[1]}, "
-            f"here {ours[0]} of seed {ours[1]}"
+            f"--rows-from {path}: scenes of {theirs[2]}, {theirs[0]} questions of seed "
+            f"{theirs[1]}, here {ours[0]} of seed {ours[1]}, scenes of {ours[2]}"
         )
     return made_by, rows
 

@@ -42,7 +42,9 @@ class Question:
         return _words(said) == _words(self.answer)
 
 
-def shapes_questions(num_questions: int, *, seed: int = SEED) -> list[Question]:
+def shapes_questions(
+    num_questions: int, *, seed: int = SEED, world: scenes.World = scenes.SHAPES_WORLD
+) -> list[Question]:
     """Held-out questions about generated scenes, the types in turn."""
     return [
         Question(
@@ -53,7 +55,7 @@ def shapes_questions(num_questions: int, *, seed: int = SEED) -> list[Question]:
             cells=q.cells,
             touched_cells=q.touched_cells,
         )
-        for q in shapes.make_questions(num_questions, seed=seed)
+        for q in shapes.make_questions(num_questions, seed=seed, world=world)
     ]
 
 

@@ -4,10 +4,12 @@
     what letter is on the red circle? ASSISTANT:      ->   K
 
 Notable:
-- Every question has one right answer, one word: things are named by something no other thing of
-  the picture has (a colour, a shape, both, a letter, a place).
-- ``TYPES``: one thing (``single``), a letter of 5 x 7 pixels (``marks``), two things (``several``),
-  all things (``whole``).
+- Every question has one right answer, a word or a mark: things are named by something no other
+  thing of the picture has (a colour, a shape, both, a mark, a place).
+- ``TYPES``: one thing (``single``), the letters on it (``marks``), two things (``several``), all
+  things (``whole``).
+- In ``scenes.CROWD_WORLD`` a mark is two words (``K Z``), and a row's or column's name is that of
+  two cells; all worlds share words and forms.
 - ``cells``: the visual tokens that an oracle keeps. ``touched_cells``: those that an ablation
   takes away, so that nothing of what was asked for is left to see.
 """
@@ -73,7 +75,7 @@ class Question:
         type: of ``TYPES``.
         kind: finer than the type: what is asked for, such as ``color`` or ``count color``.
         text: the question alone, without the chat template.
-        answer: one word of ``VOCAB``.
+        answer: words of ``VOCAB``.
         asked: indices into ``scene.things`` of the things the answer follows from.
     """
 
@@ -101,20 +103,22 @@ class Question:
         return tuple(sorted({cell for thing in things for cell in scenes.coverage(thing)}))
 
 
-def make_questions(num_questions: int, *, seed: int) -> list[Question]:
+def make_questions(
+    num_questions: int, *, seed: int, world: scenes.World = scenes.SHAPES_WORLD
+) -> list[Question]:
     """Questions over scenes of their own, the types in turn. The same arguments give the same."""
     rng = random.Random(f"shapes {seed}")
     questions = []
     for i in range(num_questions):
         # Training draws scenes of seeds below 2**40 (models/shapes/train.py).
-        asker = Asker(scenes.make_scene(2**40 + rng.getrandbits(40)), rng)
+        asker = Asker(scenes.make_scene(2**40 + rng.getrandbits(40), world), rng)
         questions.append(asker.ask(TYPES[i % len(TYPES)]))
     return questions
 
 
 def is_exact(text: str, question: Question) -> bool:
     """Whether generated ``text`` is the answer and nothing else."""
-    return text.split() == [question.answer]
+    return text.split() == question.answer.split()
 
 
 class Asker:
@@ -147,8 +151,15 @@ class Asker:
         if all((other.color, other.shape) != (thing.color, thing.shape) for other in others):
             yield "color shape", f"the {thing.color} {thing.shape}"
         if thing.letter is not None:
-            yield "letter", f"the {thing.letter}"
-        yield "place", f"column {COLUMN_NAMES[thing.column]} row {ROW_NAMES[thing.row]}"
+            yield "letter", f"the {' '.join(thing.letter)}"
+        if all(self._place_of(other) != self._place_of(thing) for other in others):
+            column, row = self._place_of(thing)
+            yield "place", f"column {COLUMN_NAMES[column]} row {ROW_NAMES[row]}"
+
+    def _place_of(self, thing: Thing) -> tuple[int, int]:
+        """Indices of the names of its column and row."""
+        size = self.scene.world.cells_per_place
+        return thing.column // size, thing.row // size
 
     def _name(self, i: int, *, without: tuple[str, ...]) -> str | None:
         """A name of thing ``i`` that tells none of ``without``; None if it has no such name."""
@@ -181,20 +192,23 @@ class Asker:
         name = self._name(i, without=("place",))
         if name is None:
             return None
-        thing = self.scene.things[i]
-        answer = ROW_NAMES[thing.row] if attribute == "row" else COLUMN_NAMES[thing.column]
+        column, row = self._place_of(self.scene.things[i])
+        answer = ROW_NAMES[row] if attribute == "row" else COLUMN_NAMES[column]
         text = f"what {attribute} is {name} in?"
         return Question(self.scene, "single", attribute, text, answer, (i,))
 
     def _letter(self) -> Question | None:
-        """The letter on one thing."""
+        """The letter on one thing, or the letters."""
         i = self._one()
         letter, name = self.scene.things[i].letter, self._name(i, without=("letter",))
         if letter is None or name is None:
             return None
         preposition = "at" if name.startswith("column") else "on"
-        text = f"what letter is {preposition} {name}?"
-        return Question(self.scene, "marks", "letter", text, letter, (i,))
+        if len(letter) == 1:
+            text = f"what letter is {preposition} {name}?"
+            return Question(self.scene, "marks", "letter", text, letter, (i,))
+        text = f"what is {preposition} {name}?"
+        return Question(self.scene, "marks", "letters", text, " ".join(letter), (i,))
 
     def _relation(self) -> Question | None:
         """Whether one thing lies left of, right of, above or below another."""

@@ -59,13 +59,17 @@ class Source(Protocol):
 class ShapesSource:
     """Scenes of ``evaluation/scenes.py``, all types of question alike."""
 
+    def __init__(self, world: scenes.World = scenes.SHAPES_WORLD) -> None:
+        """Args: world: what kind of picture."""
+        self._world = world
+
     def __len__(self) -> int:
         """More than any run takes."""
         return NUM_SCENES
 
     def __getitem__(self, index: int) -> Sample:
         """The scene of that seed."""
-        scene = scenes.make_scene(index)
+        scene = scenes.make_scene(index, self._world)
         asker = shapes.Asker(scene, random.Random(f"train {index}"))
         types = [shapes.TYPES[i % len(shapes.TYPES)] for i in range(NUM_SHAPES_QUESTIONS)]
         questions = [asker.ask(kind) for kind in types]
@@ -169,8 +173,8 @@ class FileSource:
 
 def open_source(recipe: DataRecipe) -> Source:
     """The recipe's samples."""
-    if recipe.kind == "shapes":
-        return ShapesSource()
+    if recipe.kind in scenes.WORLDS:
+        return ShapesSource(scenes.WORLDS[recipe.kind])
     assert recipe.path is not None
     return FileSource(recipe.path, recipe.images)
 

@@ -21,8 +21,8 @@ class Section(BaseModel):
 class DataRecipe(Section):
     """Image-text samples."""
 
-    kind: Literal["shapes", "jsonl"] = Field(
-        "jsonl", description="generated scenes of shapes, or a file"
+    kind: Literal["shapes", "crowd", "jsonl"] = Field(
+        "jsonl", description="generated scenes of a world of evaluation/scenes.py, or a file"
     )
     path: str | None = Field(
         None, description="file of samples in the LLaVA format, one JSON object a line"
@@ -32,7 +32,7 @@ class DataRecipe(Section):
     @model_validator(mode="after")
     def _has_a_path(self) -> Self:
         if (self.kind == "jsonl") != (self.path is not None):
-            raise ValueError("kind 'jsonl' needs a path, and kind 'shapes' takes none")
+            raise ValueError("kind 'jsonl' needs a path, and generated scenes take none")
         return self
 
 

@@ -231,13 +231,13 @@ def test_a_question_in_a_packed_row_is_the_prompt_of_a_server(recipe):
 def test_a_killed_training_goes_on_where_it_was(monkeypatch, recipe, tmp_path):
     """Killed in step 4 and started again, the last stage ends with the weights of a run in one."""
     torch = pytest.importorskip("torch")
+    import stages
     import structure
     import train
 
-    stage = train.Stage(5, 2, 1e-3, 1e-5, 0.5, vision_rate=0.05)
-    monkeypatch.setattr(train, "STAGES", {"join": stage})
-    monkeypatch.setattr(train, "CHECKPOINT_STEPS", 2)
-    take_step, num_steps = train.STEPS["join"], 0
+    stage = stages.Stage(5, 2, 1e-3, 1e-5, 0.5, vision_rate=0.05)
+    monkeypatch.setattr(stages, "CHECKPOINT_STEPS", 2)
+    take_step, num_steps = stages.STEPS["join"], 0
 
     def killed_in_step_4(*args):
         nonlocal num_steps
@@ -249,11 +249,11 @@ def test_a_killed_training_goes_on_where_it_was(monkeypatch, recipe, tmp_path):
     def run(work):
         model = structure.structured_model(0)
         work.mkdir(exist_ok=True)
-        train.run_stage(model, "join", 0, work)
+        stages.run_stage(model, "join", stage, train.TASK, 0, work)
         return model.state_dict()
 
     in_one = run(tmp_path / "one")
-    monkeypatch.setitem(train.STEPS, "join", killed_in_step_4)
+    monkeypatch.setitem(stages.STEPS, "join", killed_in_step_4)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "two")
     in_two = run(tmp_path / "two")

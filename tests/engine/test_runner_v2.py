@@ -1,5 +1,9 @@
-"""Model runner V2, its kernels interpreted on the CPU: V1's tokens, the plan held, nothing left."""
+"""Model runner V2, its kernels interpreted on the CPU: V1's tokens, the plan held, nothing left.
 
+Eagerly, and with FULL CUDA graphs emulated (``engine_probe.graphs``).
+"""
+
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -30,9 +34,8 @@ MODES: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
 }
 
 
-def served(model: str, version: int) -> dict[str, Any]:
+def served(model: str, version: int, with_graphs: bool = False) -> dict[str, Any]:
     """Per mode: tokens of a batch that mixes prompts under way with reduced ones, aborts beside."""
-    from contextlib import nullcontext
     from dataclasses import replace
 
     from engine_probe.interpreted import async_scheduling, enable
@@ -41,6 +44,7 @@ def served(model: str, version: int) -> dict[str, Any]:
         enable()
     import tiny
     from engine_probe.engines import Ask, engine
+    from engine_probe.graphs import full_graphs
     from engine_probe.plan_watch import PlanWatch
 
     prompts = [each["prompt_token_ids"] for each in tiny.prompts(8, PROMPT_LENS, seed=1)]
@@ -48,8 +52,11 @@ def served(model: str, version: int) -> dict[str, Any]:
     asks = [Ask(prompt, max_tokens=6 + 8 * i) for i, prompt in enumerate(prompts)]
     found: dict[str, Any] = {}
     for name, (spindle, options) in MODES.items():
-        ahead = async_scheduling() if version == 2 and name == "async" else nullcontext()
-        with ahead, engine(model, spindle, **{**EXACT, **options}) as running:
+        with ExitStack() as stack:
+            if version == 2 and name == "async":
+                stack.enter_context(async_scheduling())
+            graphs = stack.enter_context(full_graphs()) if with_graphs else {}
+            running = stack.enter_context(engine(model, spindle, **{**EXACT, **options}))
             running.chunk(CHUNK)
             runner = running.core.model_executor.driver_worker.worker.model_runner
             found[name] = {
@@ -58,6 +65,7 @@ def served(model: str, version: int) -> dict[str, Any]:
             }
             if spindle is None or spindle["keep_ratio"] == 1:
                 found[name]["tokens"] = running.run(asks)
+                found[name]["replays"] = sum(graphs.values())
                 continue
             with PlanWatch(running) as watch:
                 running.add("gone", asks[0])
@@ -70,6 +78,52 @@ def served(model: str, version: int) -> dict[str, Any]:
                 )
                 found[name] |= {"tokens": tokens, **watch.report()}
             found[name]["stats"] = running.scheduler._stats["reductions"]
+            found[name]["replays"] = sum(graphs.values())
+    return found
+
+
+def last_chunks(model: str) -> dict[str, Any]:
+    """Tokens after prompts that end in a chunk of one token, one prompt at a time.
+
+    Eagerly; in FULL graphs; with graphs that take whole chunks, too; and in FULL graphs by two
+    mistakes that the bench must see: buffers that are new every step, and a window that is taken
+    only if the step asks for it.
+    """
+    from contextlib import nullcontext
+    from unittest.mock import patch
+
+    from engine_probe.interpreted import enable
+
+    enable()
+    import tiny
+    from engine_probe.engines import Ask, engine
+    from engine_probe.graphs import full_graphs
+    from vllm_spindle.engine.shifted_table import ShiftedTable
+    from vllm_spindle.engine.window import WindowStash
+
+    buffers, record = ShiftedTable._buffers, WindowStash.record
+
+    def new_buffers(table: Any, *like: Any) -> Any:
+        return tuple(each.clone() for each in buffers(table, *like))
+
+    def record_if_asked(stash: Any, layer_idx: int, queries: Any) -> None:
+        if stash._rows is not None:
+            record(stash, layer_idx, queries)
+
+    runs = {
+        "eager": (nullcontext(), nullcontext({})),
+        "graphs": (nullcontext(), full_graphs()),
+        "mixed": (nullcontext(), full_graphs("FULL", [1, 4, 64])),
+        "new buffers": (patch.object(ShiftedTable, "_buffers", new_buffers), full_graphs()),
+        "only if asked": (patch.object(WindowStash, "record", record_if_asked), full_graphs()),
+    }
+    prompts = [each["prompt_token_ids"] for each in tiny.prompts(3, [257, 129, 321], seed=3)]
+    found = {}
+    for name, (mistake, graphs) in runs.items():
+        with mistake, graphs as replays, engine(model, ON, **EXACT) as running:
+            running.chunk(64)
+            tokens = [running.run([Ask(prompt, max_tokens=9)])[0] for prompt in prompts]
+            found[name] = {"tokens": tokens, "replays": {str(k): n for k, n in replays.items()}}
     return found
 
 
@@ -79,7 +133,14 @@ def versions(llama: str) -> dict[str, Any]:
     return {
         "v1": in_child(served, model=llama, version=1),
         "v2": in_child(served, env=ENVIRONMENT, model=llama, version=2),
+        "graphs": in_child(served, env=ENVIRONMENT, model=llama, version=2, with_graphs=True),
     }
+
+
+@pytest.fixture(scope="module")
+def ends(llama: str) -> dict[str, Any]:
+    """See ``last_chunks``."""
+    return in_child(last_chunks, env=ENVIRONMENT, model=llama)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -89,16 +150,44 @@ def test_same_tokens_as_v1(versions: dict[str, Any], mode: str) -> None:
     assert versions["v2"][mode]["tokens"] == versions["v1"][mode]["tokens"]
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_same_tokens_in_full_graphs(versions: dict[str, Any], mode: str) -> None:
+    """Token for token, reduced or not; nearly every step of decoding is a replay."""
+    graphs = versions["graphs"][mode]
+    assert graphs["tokens"] == versions["v2"][mode]["tokens"]
+    assert graphs["replays"] > 40 and versions["v2"][mode]["replays"] == 0
+
+
+def test_a_last_chunk_of_one_token_in_a_full_graph(ends: dict[str, Any]) -> None:
+    """Its prompt is reduced as ever: three ends and 8 steps of decoding each ran as replays."""
+    assert ends["graphs"]["replays"] == {"1": 3 + 3 * 8}
+    assert ends["graphs"]["tokens"] == ends["eager"]["tokens"]
+
+
+def test_whole_chunks_in_full_graphs(ends: dict[str, Any]) -> None:
+    """Windows that a replayed prefill left behind, beside those of a single token."""
+    assert ends["mixed"]["replays"] == {"64": 4 + 2 + 5, "1": 3 + 3 * 8}
+    assert ends["mixed"]["tokens"] == ends["eager"]["tokens"]
+
+
+@pytest.mark.parametrize("mistake", ["new buffers", "only if asked"])
+def test_the_bench_sees_what_is_stale(ends: dict[str, Any], mistake: str) -> None:
+    """Mistakes that a graph would punish give other tokens."""
+    assert ends[mistake]["tokens"] != ends["eager"]["tokens"]
+
+
 def test_off_is_stock(versions: dict[str, Any]) -> None:
     """Ratio 1.0 is as if not asked; a quarter is not: the comparison can tell."""
     v2 = versions["v2"]
     assert v2["ratio 1"]["tokens"] == v2["not asked"]["tokens"] != v2["evict"]["tokens"]
+    graphs = versions["graphs"]
+    assert graphs["ratio 1"]["replays"] == graphs["not asked"]["replays"]
 
 
 @pytest.mark.parametrize("mode", [name for name in MODES if name not in ("not asked", "ratio 1")])
 def test_plan_is_held(versions: dict[str, Any], mode: str) -> None:
     """At every step; when idle every block is free, and the adapters know nobody."""
-    for found in (versions["v1"][mode], versions["v2"][mode]):
+    for found in (each[mode] for each in versions.values()):
         assert found["problems"] == []
         assert found["idle_free"]
         assert found["left_over"] == []

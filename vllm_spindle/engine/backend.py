@@ -8,66 +8,20 @@ aside; everything else, kernels included, stays stock.
 import copy
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
 
 from vllm_spindle.engine.active import active_reduction
+from vllm_spindle.engine.graphs import may_be_captured
+from vllm_spindle.engine.region_rows import RegionRows
+from vllm_spindle.engine.shifted_table import ShiftedTable
 from vllm_spindle.engine.spec import SpindleSpec
-from vllm_spindle.engine.step import BandRows, CodebookRows
-
-if TYPE_CHECKING:
-    from vllm_spindle.kernels.decode import DecodeRows, RegionDecoder
-
-
-class ShiftedTable:
-    """A band's block table and lengths as the stock kernel shall see them, rewritten every step.
-
-    The buffers are persistent, because a captured graph reads them again by address. Each copy
-    of the reduced region has its own, since the copies of a step are alive together.
-    """
-
-    def __init__(self, copy_idx: int, block_size: int) -> None:
-        self._copy_idx = copy_idx
-        self._block_size = block_size
-        self._table: Tensor | None = None
-        self._lengths: Tensor | None = None
-        self._rows: BandRows | None = None
-        self._source = self._skipped_tokens = torch.empty(0)
-
-    def shift(self, common: CommonAttentionMetadata, rows: BandRows) -> CommonAttentionMetadata:
-        """The step's metadata with every reduced row starting at its held blocks."""
-        table, lengths = common.block_table_tensor, common.seq_lens
-        if rows is not self._rows:
-            self._rows = rows
-            self._source = rows.source_columns(self._copy_idx, table.shape[1]).to(table.device)
-            skipped = rows.skipped_blocks * self._block_size
-            self._skipped_tokens = skipped.to(lengths.device, lengths.dtype)
-        num_rows = len(self._source)
-        self._table = _at_least(self._table, table)
-        self._lengths = _at_least(self._lengths, lengths)
-        out_table, out_lengths = self._table[: len(table)], self._lengths[: len(lengths)]
-        torch.gather(table[:num_rows], 1, self._source, out=out_table[:num_rows])
-        torch.sub(lengths[:num_rows], self._skipped_tokens, out=out_lengths[:num_rows])
-        if num_rows < len(table):  # rows of padding
-            out_table[num_rows:] = table[num_rows:]
-            out_lengths[num_rows:] = lengths[num_rows:]
-        return common.replace(
-            block_table_tensor=out_table,
-            seq_lens=out_lengths,
-            seq_lens_cpu_upper_bound=None,
-            _num_computed_tokens_cache=None,
-        )
-
-
-def _at_least(buffer: Tensor | None, like: Tensor) -> Tensor:
-    """The buffer, or a larger one if it has too few rows for ``like``."""
-    if buffer is None or len(buffer) < len(like) or buffer.shape[1:] != like.shape[1:]:
-        return torch.empty_like(like)
-    return buffer
+from vllm_spindle.kernels.decode_rows import DeviceRows
 
 
 @dataclass(frozen=True)
@@ -85,44 +39,13 @@ class CodebookMetadata:
     Attributes:
         stock: metadata of the whole batch, reduced rows with their tail alone; None if every row
             is reduced. What the stock kernel writes for reduced rows is overwritten.
-        rows: the reduced rows.
-        tokens: their query tokens; None for all of them. int64.
+        rows: all rows; those that are not reduced are marked.
+        num_actual_tokens: with padding, in a captured graph.
     """
 
     stock: Any
-    rows: "DecodeRows"
-    tokens: Tensor | None
+    rows: DeviceRows
     num_actual_tokens: int
-
-
-def codebook_rows(
-    common: CommonAttentionMetadata, codebooks: CodebookRows, block_size: int
-) -> tuple["DecodeRows", Tensor | None]:
-    """The kernel's view of the reduced rows, and their query tokens (None for all)."""
-    # Not before vLLM has started: its kernel registration trips over numba's modules.
-    from vllm_spindle.kernels.decode import DecodeRows
-
-    rows, table, lengths = codebooks.rows, common.block_table_tensor, common.seq_lens
-    starts = common.query_start_loc_cpu
-    if len(rows) == common.num_reqs:
-        tokens, query_start = None, starts
-    else:
-        table, lengths = table[rows], lengths[rows]
-        counts = starts[rows + 1] - starts[rows]
-        query_start = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        tokens = torch.cat(
-            [torch.arange(int(starts[row]), int(starts[row + 1])) for row in rows.tolist()]
-        )
-    tail_lens = lengths - codebooks.starts[:, 1] * block_size
-    decode_rows = DecodeRows.of(
-        table,
-        codebooks.starts,
-        codebooks.shapes,
-        tail_lens,
-        query_start,
-        codebooks.prefix_blocks,
-    )
-    return decode_rows, tokens
 
 
 class SpindleBuilderMixin:
@@ -131,14 +54,28 @@ class SpindleBuilderMixin:
     # vLLM may otherwise reuse the first band's lengths for the others.
     supports_update_block_table = False
 
-    def __init__(self, kv_cache_spec: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(kv_cache_spec, *args, **kwargs)
+    def __init__(
+        self,
+        kv_cache_spec: Any,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device, *args, **kwargs)
         assert isinstance(kv_cache_spec, SpindleSpec)
         policy = kv_cache_spec.policy
+        block_size, max_rows = kv_cache_spec.block_size, vllm_config.scheduler_config.max_num_seqs
         self._band = kv_cache_spec.band
         self._is_unfold = policy.config.gqa == "unfold"
         num_copies = policy.num_queries_per_kv if self._is_unfold else 1
-        self._tables = [ShiftedTable(i, kv_cache_spec.block_size) for i in range(num_copies)]
+        self._tables = [ShiftedTable(i, block_size, max_rows) for i in range(num_copies)]
+        self._regions: RegionRows | None = None
+        if policy.method_of_band(self._band) != "evict":
+            self._regions = RegionRows(block_size, max_rows, device)
+        # What is captured must be the same, whichever rows are reduced when it is replayed.
+        self._may_be_captured = may_be_captured(vllm_config.compilation_config)
 
     def build(
         self,
@@ -148,29 +85,40 @@ class SpindleBuilderMixin:
     ) -> Any:
         reduction = active_reduction()
         rows = reduction.step.bands[self._band] if reduction is not None else None
-        if rows is None:
+        if rows is None and not self._may_be_captured:
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
         shifted = [table.shift(common_attn_metadata, rows) for table in self._tables]
-        codebooks = reduction.step.codebooks[self._band]
-        if codebooks is not None:
-            decode_rows, tokens = codebook_rows(
-                common_attn_metadata, codebooks, self.kv_cache_spec.block_size
-            )
-            stock = None
-            if tokens is not None:
-                stock = super().build(common_prefix_len, shifted[0], fast_build)
-            return CodebookMetadata(
-                stock, decode_rows, tokens, common_attn_metadata.num_actual_tokens
-            )
-        if not self._is_unfold:
+        if self._is_unfold:
+            return self._build_unfold(common_prefix_len, shifted, fast_build)
+        if self._regions is None or reduction is None:
             return super().build(common_prefix_len, shifted[0], fast_build)
-        # One query head per kv head at a time, each over the copy that it chose.
+        codebooks = reduction.step.codebooks[self._band]
+        is_all = codebooks is not None and len(codebooks.rows) == common_attn_metadata.num_reqs
+        stock = None
+        if self._may_be_captured or not is_all:
+            stock = super().build(common_prefix_len, shifted[0], fast_build)
+        return CodebookMetadata(
+            stock,
+            self._regions.rows(common_attn_metadata, codebooks),
+            common_attn_metadata.num_actual_tokens,
+        )
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
+        """As the stock builder does it, where its metadata is what we hand out."""
+        if self._regions is None and not self._is_unfold:
+            return super().build_for_cudagraph_capture(common_attn_metadata)
+        return self.build(0, common_attn_metadata)
+
+    def _build_unfold(
+        self, common_prefix_len: int, shifted: list[CommonAttentionMetadata], fast_build: bool
+    ) -> "UnfoldMetadata":
+        """One query head per kv head at a time, each over the copy that it chose."""
         per_head = copy.copy(self)
         per_head.num_heads = self.num_kv_heads
         stock_build = super(SpindleBuilderMixin, per_head).build
         return UnfoldMetadata(
             tuple(stock_build(common_prefix_len, each, fast_build) for each in shifted),
-            common_attn_metadata.num_actual_tokens,
+            shifted[0].num_actual_tokens,
         )
 
 
@@ -198,7 +146,9 @@ class SpindleImplMixin:
                     layer, query, key, value, kv_cache, attn_metadata.stock, output, *args, **kwargs
                 )
             decoder = reduction.decoder(extract_layer_index(layer.layer_name))
-            return _attend_codebooks(decoder, query, kv_cache, attn_metadata, output)
+            num_tokens = attn_metadata.num_actual_tokens
+            decoder(query[:num_tokens], output[:num_tokens], kv_cache, attn_metadata.rows)
+            return output
         if not isinstance(attn_metadata, UnfoldMetadata):
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
@@ -212,23 +162,6 @@ class SpindleImplMixin:
             )
             output[:, head::group] = head_output
         return output
-
-
-def _attend_codebooks(
-    decoder: "RegionDecoder",
-    query: Tensor,
-    kv_cache: Tensor,
-    metadata: CodebookMetadata,
-    output: Tensor,
-) -> Tensor:
-    tokens, num_tokens = metadata.tokens, metadata.num_actual_tokens
-    if tokens is None:
-        decoder(query[:num_tokens].contiguous(), output[:num_tokens], kv_cache, metadata.rows)
-        return output
-    row_output = torch.empty(len(tokens), *output.shape[1:], dtype=output.dtype)
-    decoder(query.index_select(0, tokens), row_output, kv_cache, metadata.rows)
-    output.index_copy_(0, tokens, row_output)
-    return output
 
 
 @lru_cache(maxsize=16)

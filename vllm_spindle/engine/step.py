@@ -71,6 +71,15 @@ class BandRows:
         ]
         return cls(*torch.tensor(rows, dtype=torch.int64).unbind(1))
 
+    def to(self, device: torch.device) -> "BandRows":
+        """The same on a device, in one copy that nothing waits for."""
+        if device.type == "cpu":
+            return self
+        host = torch.stack(
+            (self.prefix_blocks, self.first_block, self.copy_blocks, self.tail_block)
+        )
+        return BandRows(*host.pin_memory().to(device, non_blocking=True).unbind(0))
+
     def source_columns(self, copy_idx: int, num_columns: int) -> Tensor:
         """Column of the natural table that each column of the shifted one is read from.
 
@@ -81,7 +90,7 @@ class BandRows:
         Returns:
             [R, num_columns], int64.
         """
-        column = torch.arange(num_columns)
+        column = torch.arange(num_columns, device=self.tail_block.device)
         prefix = self.prefix_blocks.unsqueeze(1)
         in_region = column < prefix + self.copy_blocks.unsqueeze(1)
         start = self.first_block - self.prefix_blocks + copy_idx * self.copy_blocks
@@ -141,3 +150,8 @@ class Step:
     codebooks: tuple[CodebookRows | None, ...]
     window: WindowRows | None
     prompt_ends: tuple[PromptEnd, ...]
+
+    @classmethod
+    def idle(cls, num_bands: int) -> "Step":
+        """A step in which nothing is reduced, nor is going to be."""
+        return cls((None,) * num_bands, (None,) * num_bands, None, ())

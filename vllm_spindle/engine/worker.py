@@ -3,6 +3,7 @@
 What differs between model runners V1 and V2 is in ``runners.py``.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from vllm.utils import length_from_prompt_token_ids_or_embeds
 
 from vllm_spindle.engine.active import activate
 from vllm_spindle.engine.cache_layout import CacheLayout
+from vllm_spindle.engine.graphs import most_captured_tokens
 from vllm_spindle.engine.options import request_options
 from vllm_spindle.engine.reduction import Reducer
 from vllm_spindle.engine.regions import ReducedLayer
@@ -35,6 +37,26 @@ class SpindleWorkerMixin:
         result = super().initialize_from_config(*args, **kwargs)
         self._reduction = RunnerReduction(self.model_runner)
         return result
+
+    def compile_or_warm_up_model(self) -> Any:
+        """vLLM's warm-up and capture, as in a step in which nothing is reduced.
+
+        So that what is captured reads our buffers, and lays the queries aside.
+        """
+        with self._idle():
+            return super().compile_or_warm_up_model()
+
+    def execute_dummy_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """The same: a replayed graph must not find the rows of the last step."""
+        with self._idle():
+            return super().execute_dummy_batch(*args, **kwargs)
+
+    def _idle(self) -> AbstractContextManager[None]:
+        reduction = self._reduction
+        if reduction is None:
+            return nullcontext()
+        reduction.rest()
+        return activate(reduction)
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """vLLM's step, then the reduction of every prompt that ended in it."""
@@ -97,6 +119,11 @@ class RunnerReduction:
     def decoder(self, layer_idx: int) -> "RegionDecoder":
         """The compiled kernel that reads a layer's codebooks."""
         return self._decoders[layer_idx]
+
+    def rest(self) -> None:
+        """A batch of no requests: captures, and what keeps data-parallel ranks in step."""
+        self._step = Step.idle(len(self.reducer.bands))
+        self.stash.expect(None)
 
     def begin(self, scheduler_output: Any) -> None:
         """A new step: learn new requests, forget the ended ones."""
@@ -185,15 +212,9 @@ def _make_reducer(runner: Any, view: RunnerView) -> Reducer:
         head_size=attention.head_size,
         dtype=first.kv_cache.dtype,
         device=first.kv_cache.device,
-        staged_tokens=_graph_tokens(runner.compilation_config),
+        staged_tokens=most_captured_tokens(runner.compilation_config),
     )
     return Reducer(spec.policy, bands, stash)
-
-
-def _graph_tokens(config: Any) -> int:
-    """Most tokens of a forward that may be captured whole, attention included."""
-    is_captured = config.cudagraph_mode is not None and config.cudagraph_mode.has_full_cudagraphs()
-    return (config.max_cudagraph_capture_size or 0) if is_captured else 0
 
 
 def _reduced_layer(layer: Any, cos_sin: Tensor | None) -> ReducedLayer:

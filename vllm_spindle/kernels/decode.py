@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vllm_spindle.kernels.decode_rows import DeviceRows
 from vllm_spindle.kernels.numba_decode import attend_parallel, attend_serial
 from vllm_spindle.kernels.numba_softmax import LOG2_E
 
@@ -24,7 +25,8 @@ class DecodeRows:
     Attributes:
         block_table: block ids; prefix, region and tail of a row are runs of its columns. [B, W].
         starts: first column of the region and of the tail. [B, 2].
-        shapes: key entries, value entries and tokens of the region; 0 tokens for none. [B, 3].
+        shapes: key entries, value entries and tokens of the region; 0 tokens for none, NOT_MINE
+            for a row to leave alone. [B, 3].
         tail_lens: dense tokens, the query tokens included: they are the last of them. [B].
         query_start: first query token of each row, and their number. [B + 1].
         prefix_blocks: columns, from the first on, of dense tokens before the region. [B].
@@ -45,6 +47,18 @@ class DecodeRows:
         prefix_blocks = np.zeros(len(tail_lens)) if prefix_blocks is None else prefix_blocks
         arrays = (block_table, starts, shapes, tail_lens, query_start, prefix_blocks)
         return cls(*(np.ascontiguousarray(array, dtype=np.int32) for array in arrays))
+
+    @classmethod
+    def from_device(cls, rows: DeviceRows) -> "DecodeRows":
+        """The same memory, if it is a CPU's."""
+        return cls.of(
+            rows.block_table,
+            rows.starts,
+            rows.shapes,
+            rows.tail_lens,
+            rows.query_start,
+            rows.prefix_blocks,
+        )
 
 
 class RegionDecoder:
@@ -82,7 +96,9 @@ class RegionDecoder:
         self._value_index = none if value_index is None else value_index.to(torch.int32).numpy()
         self._num_threads = num_threads
 
-    def __call__(self, query: Tensor, output: Tensor, kv_cache: Tensor, rows: DecodeRows) -> None:
+    def __call__(
+        self, query: Tensor, output: Tensor, kv_cache: Tensor, rows: DecodeRows | DeviceRows
+    ) -> None:
         """Attend; the outputs go to ``output``.
 
         Args:
@@ -91,10 +107,12 @@ class RegionDecoder:
             kv_cache: [blocks, K, n, 2 * D], bf16, contiguous, n a multiple of 16.
             rows: the step.
         """
+        if isinstance(rows, DeviceRows):
+            rows = DecodeRows.from_device(rows)
         arguments = (
             self._dims,
             (0,) * num_lanes(query.shape[1] // kv_cache.shape[1]),
-            _bits(query),
+            _bits(query.contiguous()),
             _bits(output),
             _bits(kv_cache).reshape(*kv_cache.shape[:2], -1),
             self._cos_sin,

@@ -7,40 +7,17 @@ No call waits for the device or looks at what is on it, so a CUDA graph can hold
 ``num_splits`` and ``max_query_len`` are those of the capture.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from vllm_spindle.kernels.decode_rows import DeviceRows
 from vllm_spindle.kernels.triton_decode import decode_split, merge_splits
 
 LOG2_E = 1.4426950408889634
 LEAST_QUERY_ROWS = 16  # of a product on tensor cores
 MAX_SPLITS = 32
+MAX_SPLIT_BYTES = 256 << 20  # of the splits' outputs, float32
 PROGRAMS_PER_MULTIPROCESSOR = 2  # as many as have room for their registers
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceRows:
-    """The rows of one step: int32 tensors on the device, contiguous.
-
-    Attributes:
-        block_table: block ids; region and tail of a row are runs of its columns. [B, W].
-        starts: first column of the region and of the tail. [B, 2].
-        shapes: key entries, value entries and tokens of the region; 0 tokens for none. [B, 3].
-        tail_lens: dense tokens, the query tokens included: they are the last of them; 0 for the
-            region alone. [B].
-        query_start: first query token of each row, and their number; a row of padding has no
-            query tokens. [B + 1].
-        max_query_len: most query tokens of a row, or more.
-    """
-
-    block_table: Tensor
-    starts: Tensor
-    shapes: Tensor
-    tail_lens: Tensor
-    query_start: Tensor
-    max_query_len: int
 
 
 class DeviceRegionDecoder:
@@ -89,7 +66,8 @@ class DeviceRegionDecoder:
 
         Returns:
             Log-sum-exp of the scaled products, natural, -inf where a query sees nothing: what
-            vLLM's ``merge_attn_states`` takes beside another kernel's. [K * G, Q], float32.
+            vLLM's ``merge_attn_states`` takes beside another kernel's; undefined for tokens of
+            rows that are left alone. [K * G, Q], float32.
 
         Raises:
             ValueError: if the tensors do not fit one another.
@@ -106,16 +84,17 @@ class DeviceRegionDecoder:
             return lse
         grid = (num_rows * num_query_blocks, num_kv_heads)
         if num_splits is None:
-            num_splits = _choose_splits(grid[0] * grid[1], query.device)
+            num_splits = _choose_splits(grid[0] * grid[1], query)
         split_output, split_lse = output.unsqueeze(0), lse.unsqueeze(0)
         if num_splits > 1:
             split_output = query.new_empty(num_splits, *query.shape, dtype=torch.float32)
-            split_lse = lse.new_empty(num_splits, *lse.shape)
+            # Tokens of rows that are left alone keep this mark, and merging leaves them alone.
+            split_lse = lse.new_full((num_splits, *lse.shape), float("inf"))
         head_pad = _power_of_two(head_size)
         decode_split[(*grid, num_splits)](
             query, split_output, split_lse, kv_cache.view(torch.int16), self._cos_sin,
             rows.block_table, rows.starts, rows.shapes, rows.tail_lens, rows.query_start,
-            self._scale_log2, num_query_blocks,
+            rows.prefix_blocks, self._scale_log2, num_query_blocks,
             *query.stride()[:2], *split_output.stride()[:3], *split_lse.stride()[:2],
             *kv_cache.stride()[:3], self._cos_sin.stride(0), rows.block_table.stride(0),
             GROUP=num_heads // num_kv_heads, N=block_size, D=head_size,
@@ -152,13 +131,17 @@ class DeviceRegionDecoder:
             raise ValueError("the last axis of queries, output and cache must be contiguous")
 
 
-def _choose_splits(num_programs: int, device: torch.device) -> int:
-    """Splits that give every multiprocessor a few programs; 1 where the interpreter runs them."""
-    if device.type == "cpu":
+def _choose_splits(num_programs: int, query: Tensor) -> int:
+    """Splits that give every multiprocessor a few programs; 1 where the interpreter runs them.
+
+    From shapes alone, so that it is the capture's for every replay.
+    """
+    if query.device.type == "cpu":
         return 1
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    wanted = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
-    return max(1, min(MAX_SPLITS, wanted // num_programs))
+    multiprocessors = torch.cuda.get_device_properties(query.device).multi_processor_count
+    wanted = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // num_programs
+    affordable = MAX_SPLIT_BYTES // (4 * query.numel())
+    return max(1, min(MAX_SPLITS, wanted, affordable))
 
 
 def _power_of_two(number: int) -> int:

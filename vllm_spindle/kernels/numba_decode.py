@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numba import njit, prange
 
+from vllm_spindle.kernels.decode_rows import NOT_MINE
 from vllm_spindle.kernels.numba_region import add_weighted_rows, attend_region
 from vllm_spindle.kernels.numba_softmax import (
     FAST,
@@ -72,6 +73,8 @@ def _attend_item(item, dims, lanes, query, output, cache, cos_sin, block_table, 
     """All queries of one row and kv head."""
     num_kv_heads = cache.shape[1]
     row, head = divmod(np.int64(item), num_kv_heads)  # prange counts in uint64
+    if shapes[row, 2] == NOT_MINE:
+        return
     head_size, num_lanes = 16 * len(dims), len(lanes)
     group = query.shape[1] // num_kv_heads
     bits = cache.reshape(-1)
@@ -144,6 +147,7 @@ def _sources() -> int:
         "numba_region",
         "numba_decode",
         "region_shape",
+        "decode_rows",
     )
     folder = Path(__file__).parent
     return zlib.crc32(b"".join((folder / f"{name}.py").read_bytes() for name in names))

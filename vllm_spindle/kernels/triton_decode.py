@@ -1,8 +1,8 @@
 """Decode attention over codebook regions and their dense tails, in Triton for CUDA.
 
 One program: the query heads of one kv head, for a few query tokens of one row, over one split of
-what they see; merged tokens first, then the tail. ``merge_splits`` adds the splits up by their
-log-sum-exp. ``device_decode`` launches both.
+what they see; merged tokens first, then the dense ones, prefix and tail. ``merge_splits`` adds the
+splits up by their log-sum-exp. ``device_decode`` launches both.
 
 Shapes: B rows, Q query tokens of all rows, K kv heads, G query heads per kv head, n tokens per
 block, D head size, P rows of the rotary table, W columns of the block table, S splits. In a
@@ -31,11 +31,12 @@ weights onto the value entries before the product, as on the CPU, where tokens s
 import triton
 import triton.language as tl
 
-from vllm_spindle.kernels import region_shape
+from vllm_spindle.kernels import decode_rows, region_shape
 
 LOWEST = tl.constexpr(-1e30)  # finite: what nothing was seen of must not give inf - inf
 POSITION_BITS = tl.constexpr(region_shape.POSITION_BITS)
 EMPTY = tl.constexpr(region_shape.EMPTY)
+NOT_MINE = tl.constexpr(decode_rows.NOT_MINE)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -116,12 +117,22 @@ def _load_merged(
 
 
 @triton.jit
-def _load_tail(
-    tokens, seen, head_ptr, table_ptr, stride_block, stride_slot, dtype: tl.constexpr,
+def _load_dense(
+    tokens, seen, head_ptr, table_ptr, prefix_blocks, tail_start, stride_block, stride_slot,
+    dtype: tl.constexpr,
     N: tl.constexpr, D: tl.constexpr, HALF_PAD: tl.constexpr, HEAD_PAD: tl.constexpr,
 ):  # fmt: skip
-    """A tile of dense tokens: both halves of the keys, [T, HALF_PAD] each, values [T, HEAD_PAD]."""
-    block = tl.load(table_ptr + tokens // N, mask=seen, other=0).to(tl.int64)
+    """A tile of dense tokens: both halves of the keys, [T, HALF_PAD] each, values [T, HEAD_PAD].
+
+    Args:
+        tokens: of the prefix and, from its end on, of the tail. [T].
+        table_ptr: the row's first column of the block table.
+        prefix_blocks: columns of the prefix.
+        tail_start: first column of the tail.
+    """
+    column = tokens // N
+    column += tl.where(column < prefix_blocks, 0, tail_start - prefix_blocks)
+    block = tl.load(table_ptr + column, mask=seen, other=0).to(tl.int64)
     at = (head_ptr + block * stride_block + tokens % N * stride_slot)[:, None]
     half_dims = tl.arange(0, HALF_PAD)[None, :]
     in_half = seen[:, None] & (half_dims < D // 2)
@@ -155,7 +166,7 @@ def _softmax_step(products, value_scales, values, peaks, totals, sums):
 @triton.jit
 def decode_split(
     query_ptr, output_ptr, lse_ptr, cache_ptr, cos_sin_ptr,
-    table_ptr, starts_ptr, shapes_ptr, tail_lens_ptr, query_start_ptr,
+    table_ptr, starts_ptr, shapes_ptr, tail_lens_ptr, query_start_ptr, prefix_blocks_ptr,
     scale_log2, num_query_blocks,
     stride_query_token, stride_query_head,
     stride_output_split, stride_output_token, stride_output_head,
@@ -167,13 +178,15 @@ def decode_split(
 ):  # fmt: skip
     """Attention over one split, normalised, and its log-sum-exp. Grid: row and queries, K, S.
 
+    Of a row that is left alone (NOT_MINE) nothing is read or written.
+
     Args:
         query_ptr: [Q, K * G, D].
         output_ptr: [S, Q, K * G, D]; zero for a split in which nothing is seen.
         lse_ptr: natural logarithm; -inf for such a split. [S, K * G, Q].
         cache_ptr: [blocks, K, n, 2 * D], as int16.
         cos_sin_ptr: [P, D].
-        table_ptr: and the other arrays of the step, int32: see ``device_decode.DeviceRows``.
+        table_ptr: and the other arrays of the step, int32: see ``decode_rows.DeviceRows``.
         scale_log2: softmax scale times log2 of e.
         num_query_blocks: programs per row, NUM_QUERY_ROWS // GROUP query tokens each.
     """
@@ -183,7 +196,8 @@ def decode_split(
     query_first = tl.load(query_start_ptr + row)
     query_len = tl.load(query_start_ptr + row + 1) - query_first
     first_token = tl.program_id(0) % num_query_blocks * (NUM_QUERY_ROWS // GROUP)
-    if first_token >= query_len:
+    num_merged = tl.load(shapes_ptr + row * 3 + 2)
+    if first_token >= query_len or num_merged == NOT_MINE:
         return
 
     lane = tl.arange(0, NUM_QUERY_ROWS)
@@ -198,13 +212,13 @@ def decode_split(
     query_one = tl.load(pointers, mask=in_half, other=0).to(tl.float32)
     query_other = tl.load(pointers + D // 2, mask=in_half, other=0).to(tl.float32)
 
-    num_merged = tl.load(shapes_ptr + row * 3 + 2)
-    # The query tokens are the last of the tail: each sees it up to itself.
-    num_before = tl.load(tail_lens_ptr + row) - query_len
+    # The query tokens are the last of the tail: each sees it, and the prefix, up to itself.
+    prefix_blocks = tl.load(prefix_blocks_ptr + row)
+    num_before = prefix_blocks * N + tl.load(tail_lens_ptr + row) - query_len
     last_token = tl.minimum(first_token + NUM_QUERY_ROWS // GROUP, query_len)
-    num_tail = tl.maximum(num_before + last_token, 0)
+    num_dense = tl.maximum(num_before + last_token, 0)
     merged_tiles = tl.cdiv(num_merged, TILE)
-    num_tiles = merged_tiles + tl.cdiv(num_tail, TILE)
+    num_tiles = merged_tiles + tl.cdiv(num_dense, TILE)
     tiles_per_split = tl.cdiv(num_tiles, tl.num_programs(2))
     first_tile = tl.minimum(split * tiles_per_split, num_tiles)
     last_tile = tl.minimum(first_tile + tiles_per_split, num_tiles)
@@ -212,7 +226,7 @@ def decode_split(
     head_ptr = cache_ptr + kv_head.to(tl.int64) * stride_head
     table_ptr += row.to(tl.int64) * stride_table
     region_ptr = table_ptr + tl.load(starts_ptr + row * 2)
-    tail_ptr = table_ptr + tl.load(starts_ptr + row * 2 + 1)
+    tail_start = tl.load(starts_ptr + row * 2 + 1)
     peaks = tl.full([NUM_QUERY_ROWS], LOWEST, tl.float32)
     totals = tl.zeros([NUM_QUERY_ROWS], tl.float32)
     sums = tl.zeros([NUM_QUERY_ROWS, HEAD_PAD], tl.float32)
@@ -231,14 +245,14 @@ def decode_split(
         )
     for tile in range(tl.maximum(first_tile, merged_tiles), last_tile):
         tokens = (tile - merged_tiles) * TILE + tl.arange(0, TILE)
-        one, other, values = _load_tail(
-            tokens, tokens < num_tail, head_ptr, tail_ptr,
+        one, other, values = _load_dense(
+            tokens, tokens < num_dense, head_ptr, table_ptr, prefix_blocks, tail_start,
             stride_block, stride_slot, query_ptr.dtype.element_ty,
             N, D, HALF_PAD, HEAD_PAD,
         )  # fmt: skip
         products = _products(query_one, query_other, one, other) * scale_log2
         seen = tokens[None, :] <= (num_before + token)[:, None]
-        products = tl.where(seen & (tokens < num_tail)[None, :], products, float("-inf"))
+        products = tl.where(seen & (tokens < num_dense)[None, :], products, float("-inf"))
         peaks, totals, sums = _softmax_step(products, 1.0, values, peaks, totals, sums)
 
     seen_totals = tl.where(totals > 0, totals, 1.0)
@@ -266,7 +280,7 @@ def merge_splits(
         output_ptr: [Q, K * G, D].
         lse_ptr: [K * G, Q].
         split_output_ptr: [S, Q, K * G, D], float32.
-        split_lse_ptr: [S, K * G, Q].
+        split_lse_ptr: +inf for tokens of rows that are left alone. [S, K * G, Q].
         query_start_ptr: [B + 1]; tokens after the last row's are padding and left alone.
     """
     token = tl.program_id(0).to(tl.int64)
@@ -277,6 +291,8 @@ def merge_splits(
     in_head = dims < D
     split_lse_ptr += head * stride_split_lse_head + token
     split_output_ptr += token * stride_split_output_token + head * stride_split_output_head
+    if tl.load(split_lse_ptr) == float("inf"):
+        return
     peak = tl.full([], LOWEST, tl.float32)
     total = tl.full([], 0.0, tl.float32)
     sums = tl.zeros([HEAD_PAD], tl.float32)

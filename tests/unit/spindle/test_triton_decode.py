@@ -45,6 +45,7 @@ class Case:
     num_splits: int = 1
     tile_tokens: int = 32
     slots_outermost: bool = False
+    prefix_blocks: int = 0  # of the dense tokens, in columns before the region
     empty_slots: int = 0  # of the first kv head; twice as many of the second
 
 
@@ -59,6 +60,7 @@ CASES = {
     "float16": Case(((100, 20, 2),), dtype=torch.float16, num_splits=2),
     "slots outermost": Case(((90, 20, 1),), slots_outermost=True),
     "empty slots": Case(((100, 20, 1), (40, 5, 2)), empty_slots=20, num_splits=2),
+    "prefix": Case(((100, 52, 1), (40, 33, 1), (0, 50, 2)), prefix_blocks=2, num_splits=2),
     "blocks of 32": Case(((90, 40, 1),), block_size=32, head_size=64),
     "head size 64, one head": Case(((90, 20, 1),), head_size=64, group=1, num_kv_heads=1),
     "head size 96, group of 7": Case(((60, 20, 2),), head_size=96, group=7, num_splits=2),
@@ -118,7 +120,9 @@ def fill_row(
     heads, d = case.num_kv_heads, case.head_size
     keys, values = torch.randn(2, heads, num_tail, d).to(case.dtype)
     slots = torch.arange(num_tail)
-    blocks = batch.table[row, tail_first + slots // case.block_size]
+    columns = slots // case.block_size
+    columns += torch.where(columns < case.prefix_blocks, 0, tail_first - case.prefix_blocks)
+    blocks = batch.table[row, columns]
     batch.kv_cache[blocks, :, slots % case.block_size, :d] = keys.transpose(0, 1)
     batch.kv_cache[blocks, :, slots % case.block_size, d:] = values.transpose(0, 1)
     batch.starts.append([region_first, tail_first])
@@ -208,14 +212,18 @@ def log_sum_exp(
 
 def launch(case: Case, batch: Batch, output: Tensor, **changes: Any) -> Tensor:
     """Run the kernels over a batch, where its tensors are; the log-sum-exp."""
-    from vllm_spindle.kernels.device_decode import DeviceRegionDecoder, DeviceRows
+    from vllm_spindle.kernels.decode_rows import DeviceRows
+    from vllm_spindle.kernels.device_decode import DeviceRegionDecoder
 
     query_lens = [0, *(row[2] for row in case.rows)]
     arrays = {
         "block_table": batch.table,
         "starts": torch.tensor(batch.starts),
         "shapes": torch.tensor(batch.shapes),
-        "tail_lens": torch.tensor([row[1] for row in case.rows]),
+        "tail_lens": torch.tensor(
+            [row[1] - case.prefix_blocks * case.block_size for row in case.rows]
+        ),
+        "prefix_blocks": torch.full((len(case.rows),), case.prefix_blocks),
         "query_start": torch.tensor(query_lens).cumsum(0),
     }
     device = output.device
@@ -281,6 +289,23 @@ def untouched_and_empty() -> list[bool]:
     return found
 
 
+def left_alone() -> list[bool]:
+    """What rows that are not the kernel's keep, and that the others get theirs; 1 and 3 splits."""
+    found = []
+    for num_splits in (1, 3):
+        case = replace(CASES["rows of all kinds"], num_splits=num_splits)
+        batch = make_batch(case)
+        shapes = torch.tensor(batch.shapes)
+        shapes[[0, 2], 2] = -1
+        output = torch.full(batch.query.shape, 7.0)
+        launch(case, batch, output, shapes=shapes)
+        found.append(bool((output[[0, 3]] == 7).all()))
+        mine = (output[1:3], output[4:])
+        expected = (batch.outputs[1], batch.outputs[3])
+        found += map(lambda a, b: torch.allclose(a, b, rtol=0, atol=TOLERANCE), mine, expected)
+    return found
+
+
 def refusals() -> list[str]:
     """Messages about queries, outputs, caches and tables that do not fit."""
     case = CASES["one row"]
@@ -305,7 +330,7 @@ def refusals() -> list[str]:
 def interpret() -> dict[str, Any]:
     """Everything that the tests look at, in the child."""
     torch.set_num_threads(1)
-    asked = (case_errors, rounding_errors, parts_error, untouched_and_empty, refusals)
+    asked = (case_errors, rounding_errors, parts_error, untouched_and_empty, left_alone, refusals)
     return {function.__name__: function() for function in asked}
 
 
@@ -366,6 +391,11 @@ def test_region_and_tail_apart_add_up_by_log_sum_exp(interpreted: dict[str, Any]
 def test_padding_is_left_alone_and_nothing_seen_is_zero(interpreted: dict[str, Any]) -> None:
     """Tokens after the last row keep their output; no tokens give 0 and -inf, never NaN."""
     assert interpreted["untouched_and_empty"] == [True] * 6
+
+
+def test_rows_of_another_kernel_are_left_alone(interpreted: dict[str, Any]) -> None:
+    """In a batch with its own, split or not."""
+    assert interpreted["left_alone"] == [True] * 6
 
 
 def test_what_does_not_fit_is_refused_by_value(interpreted: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vllm_covipal.evaluation import scenes, shapes
 
-NUM_QUESTIONS = 16  # of a row
+NUM_QUESTIONS = 16  # of a row, unless a stage says otherwise
 NUM_QUESTIONS_PRUNED = (1, 5)  # least, most
 PRUNED_RATIO = 0.3  # of the rows: visual tokens of things that are not asked for are dropped
 NUM_SEEDS = 2**40  # scenes of higher seeds are held out (shapes.make_questions)
@@ -87,14 +87,19 @@ def _kept_cells(rng: random.Random, questions: list[shapes.Question]) -> list[in
     return sorted({*asked, *rng.sample(others, max(num_others, not asked))})
 
 
-def make_rows(rng: random.Random, drawn: list[scenes.Scene], weights: dict[str, float]) -> Rows:
+def make_rows(
+    rng: random.Random,
+    drawn: list[scenes.Scene],
+    weights: dict[str, float],
+    num_questions: int = NUM_QUESTIONS,
+) -> Rows:
     """Questions about each scene, their types drawn with ``weights``."""
     types, shares = tuple(weights), tuple(weights.values())
     rows, kept = [], []
     for i, scene in enumerate(drawn):
         is_pruned = rng.random() < PRUNED_RATIO
         asker = shapes.Asker(scene, rng)
-        count = rng.randint(*NUM_QUESTIONS_PRUNED) if is_pruned else NUM_QUESTIONS
+        count = rng.randint(*NUM_QUESTIONS_PRUNED) if is_pruned else num_questions
         questions = [asker.ask(type) for type in rng.choices(types, shares, k=count)]
         cells = range(scene.world.num_cells)
         cells = _kept_cells(rng, questions) if is_pruned else list(cells)

@@ -22,7 +22,17 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
-from batches import EOS, IGNORED, Rows, codes_of, draw_scenes, make_rows, noisy, pixels_of
+from batches import (
+    EOS,
+    IGNORED,
+    NUM_QUESTIONS,
+    Rows,
+    codes_of,
+    draw_scenes,
+    make_rows,
+    noisy,
+    pixels_of,
+)
 from export import save
 from structure import COLOR, IS_CENTRE, LETTER, ROW, SHAPE
 from torch import Tensor
@@ -59,6 +69,7 @@ class Stage:
         decay_from: share of the steps after which the rate falls, by a cosine.
         vision_rate: learning rate of tower and projector, as a share of the language model's.
         weights: of the question types.
+        num_questions: about each picture.
     """
 
     num_steps: int
@@ -73,6 +84,7 @@ class Stage:
         ("several", 0.3),
         ("whole", 0.3),
     )
+    num_questions: int = NUM_QUESTIONS
 
 
 def visual_tokens(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
@@ -162,7 +174,7 @@ def ask_step(
 ) -> tuple[Tensor, dict[str, float]]:
     """Language model alone, on codes with noise."""
     drawn = draw_scenes(rng, stage.num_pictures, task.world)
-    rows = make_rows(rng, drawn, dict(stage.weights))
+    rows = make_rows(rng, drawn, dict(stage.weights), stage.num_questions)
     tokens = noisy(rng, codes_of(drawn), task.basis)
     with torch.autocast("cpu", torch.bfloat16):
         return answer_loss(model, rows, tokens)
@@ -173,7 +185,7 @@ def join_step(
 ) -> tuple[Tensor, dict[str, float]]:
     """Everything, on pictures."""
     drawn = draw_scenes(rng, stage.num_pictures, task.world)
-    rows = make_rows(rng, drawn, dict(stage.weights))
+    rows = make_rows(rng, drawn, dict(stage.weights), stage.num_questions)
     with torch.autocast("cpu", torch.bfloat16):
         tokens = visual_tokens(model, pixels_of(drawn))
         loss, shares = answer_loss(model, rows, tokens)

@@ -129,6 +129,7 @@ class World:
         is_small: marks are of 3 x 5 pixels a letter, not 5 x 7.
         max_jitter_pixels: of a thing's centre around its cell's, either way.
         cells_per_place: cells that share a row's or a column's name.
+        max_count: of things of a kind; larger counts are never asked for.
     """
 
     name: str
@@ -139,6 +140,7 @@ class World:
     is_small: bool
     max_jitter_pixels: float
     cells_per_place: int
+    max_count: int
 
     @property
     def num_cells(self) -> int:
@@ -151,7 +153,7 @@ class World:
         return self.num_columns * CELL_PIXELS
 
 
-SHAPES_WORLD = World("shapes", NUM_COLUMNS, (8, 14), (0, 0), LETTERS, False, 2.0, 1)
+SHAPES_WORLD = World("shapes", NUM_COLUMNS, (8, 14), (0, 0), LETTERS, False, 2.0, 1, 6)
 CROWD_WORLD = World(
     "crowd",
     num_columns=16,
@@ -164,6 +166,7 @@ CROWD_WORLD = World(
     is_small=True,
     max_jitter_pixels=1.0,
     cells_per_place=2,
+    max_count=4,
 )
 WORLDS = {world.name: world for world in (SHAPES_WORLD, CROWD_WORLD)}
 

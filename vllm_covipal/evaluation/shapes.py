@@ -54,7 +54,6 @@ RELATIONS: dict[str, Callable[[Thing, Thing], int]] = {
     "below": lambda one, other: one.row - other.row,
 }
 MIN_RELATION_CELLS = 2
-MAX_COUNT = 6
 
 PAD, BOS, EOS, UNK, IMAGE = "<pad>", "<s>", "</s>", "<unk>", "<image>"
 USER, ASSISTANT = "USER:", "ASSISTANT:"
@@ -255,7 +254,8 @@ class Asker:
             )
             for value in values
         }
-        count = self.rng.choice(sorted({len(m) for m in matches.values() if len(m) <= MAX_COUNT}))
+        limit = self.scene.world.max_count
+        count = self.rng.choice(sorted({len(m) for m in matches.values() if len(m) <= limit}))
         value = self.rng.choice([v for v in values if len(matches[v]) == count])
         text = f"how many {plural(value)} are there?"
         return Question(self.scene, "whole", f"count {attribute}", text, str(count), matches[value])

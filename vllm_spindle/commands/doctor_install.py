@@ -93,12 +93,14 @@ def _same(backend: type) -> type:
 def _platform() -> Check:
     from vllm.platforms import current_platform
 
+    from vllm_spindle.engine.platforms import target
+
     name = f"{current_platform.device_name} ({type(current_platform).__name__})"
-    if not current_platform.is_cpu():
+    if target() is None:
         return Check(
             "platform",
-            f"{name}: this release reduces on vLLM's CPU backend only",
-            "use the CPU build of vLLM, or serve without spindle",
+            f"{name}: spindle serves vLLM's CPU and CUDA platforms",
+            "use one of them, or serve without spindle",
         )
     return Check("platform", name)
 

@@ -7,13 +7,11 @@ batches) there is none, and the backend behaves as stock.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
+from vllm_spindle.engine.decoders import Decoder
 from vllm_spindle.engine.step import Step
 from vllm_spindle.engine.window import WindowStash
-
-if TYPE_CHECKING:
-    from vllm_spindle.kernels.decode import RegionDecoder
 
 
 class ActiveReduction(Protocol):
@@ -27,7 +25,7 @@ class ActiveReduction(Protocol):
     def stash(self) -> WindowStash:
         """Where the window's queries go."""
 
-    def decoder(self, layer_idx: int) -> "RegionDecoder":
+    def decoder(self, layer_idx: int) -> Decoder:
         """The compiled kernel that reads a layer's codebooks."""
 
 

@@ -51,7 +51,7 @@ class CacheLayout:
         Returns:
             keys and values, [K, n * N, D] each, contiguous, in the cache's dtype.
         """
-        blocks = kv_cache.index_select(0, block_ids)
+        blocks = kv_cache.index_select(0, block_ids).contiguous()
         return (
             _unpack(blocks, self.key_index, self.key_strides),
             _unpack(blocks, self.value_index, self.value_strides),
@@ -96,18 +96,18 @@ def probe_layout(kv_cache: Tensor, write: CacheWriter) -> CacheLayout:
     _, num_kv_heads, block_size, width = kv_cache.shape
     num_elements = block_size * width // 2
     codes = torch.arange(1, num_elements + 1)
-    slots = torch.arange(block_size)
+    slots = torch.arange(block_size, device=kv_cache.device)
     shape = (block_size, 1, width // 2)
     found = torch.zeros(2, block_size * width, dtype=torch.int64)
     place = 1
     while place <= num_elements:
-        digits = (codes // place % DIGIT_BASE).to(kv_cache.dtype).view(shape)
+        digits = (codes // place % DIGIT_BASE).to(kv_cache).view(shape)
         tokens = digits.expand(-1, num_kv_heads, -1).contiguous()
         empty = torch.zeros_like(tokens)
         for side, (keys, values) in enumerate(((tokens, empty), (empty, tokens))):
-            scratch = torch.zeros(1, *kv_cache.shape[1:], dtype=kv_cache.dtype)
+            scratch = _scratch_block(kv_cache)
             write(keys, values, scratch, slots)
-            found[side] += scratch[0, -1].reshape(-1).to(torch.int64) * place
+            found[side] += scratch[0, -1].reshape(-1).to("cpu", torch.int64) * place
         place *= DIGIT_BASE
     indices = []
     for side, name in enumerate(("keys", "values")):
@@ -119,3 +119,10 @@ def probe_layout(kv_cache: Tensor, write: CacheWriter) -> CacheLayout:
             )
         indices.append(order.view(block_size, width // 2))
     return CacheLayout.of(*indices)
+
+
+def _scratch_block(kv_cache: Tensor) -> Tensor:
+    """One block of zeros with the cache's own strides: heads or tokens may be outermost in it."""
+    shape, strides = (1, *kv_cache.shape[1:]), kv_cache.stride()
+    num_elements = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    return kv_cache.new_zeros(num_elements).as_strided(shape, strides)

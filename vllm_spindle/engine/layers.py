@@ -8,13 +8,25 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from vllm_spindle.engine.backend import wrap_backend
 from vllm_spindle.engine.options import policy_for, switched_on
-from vllm_spindle.engine.refusals import Refusal, layer_refusals, raise_if_any
+from vllm_spindle.engine.refusals import (
+    Refusal,
+    backend_refusals,
+    layer_refusals,
+    raise_if_any,
+)
 from vllm_spindle.engine.spec import SpindleSpec
 
 
 def spindle_backend(stock: type) -> type:
-    """Fills the backend hook: the stock backend, wrapped if spindle is on."""
-    return wrap_backend(stock) if switched_on(get_current_vllm_config()) is not None else stock
+    """Fills the backend hook: the stock backend, wrapped if spindle is on.
+
+    Raises:
+        ValueError: for a backend that ours is not derived from.
+    """
+    if switched_on(get_current_vllm_config()) is None:
+        return stock
+    raise_if_any(backend_refusals(stock.get_name()))
+    return wrap_backend(stock)
 
 
 def spindle_spec(layer: Any, vllm_config: VllmConfig, stock: KVCacheSpec | None) -> Any:

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import is_quantized_kv_cache
 
 from vllm_spindle.config import SpindleConfig
 from vllm_spindle.core.bands import default_num_bands
+from vllm_spindle.engine.platforms import CUDA, target
 
 WITHOUT = "or serve without spindle"
 
@@ -46,7 +46,8 @@ def raise_if_any(refusals: list[Refusal]) -> None:
 def config_refusals(vllm_config: VllmConfig, config: SpindleConfig) -> list[Refusal]:
     """Everything in the configuration that stands against switching on."""
     found = [
-        *_platform(vllm_config),
+        *_platform(),
+        *_cuda(vllm_config, config),
         *_model(vllm_config),
         *_parallel(vllm_config),
         *_cache(vllm_config),
@@ -75,14 +76,47 @@ def layer_refusals(layer: Any) -> list[Refusal]:
     return found
 
 
-def _platform(vllm_config: VllmConfig) -> Iterator[Refusal]:
-    if not current_platform.is_cpu():
+def backend_refusals(name: str) -> list[Refusal]:
+    """What is wrong with an attention backend, vLLM's choice or the user's."""
+    platform = target()
+    if platform is None or name in platform.backends:
+        return []
+    ours = " or ".join(platform.backends)
+    reason = f"spindle's attention is derived from {ours}"
+    way_out = f"use --attention-backend {ours}, {WITHOUT}"
+    return [Refusal("--attention-backend", name, reason, way_out)]
+
+
+def _platform() -> Iterator[Refusal]:
+    if target() is None:
         yield Refusal(
             "platform",
             current_platform.device_name,
-            "this release reduces on vLLM's CPU backend; on CUDA it was never run",
-            "use the CPU build of vLLM, " + WITHOUT,
+            "it serves vLLM's CPU and CUDA platforms",
+            "use one of them, " + WITHOUT,
         )
+
+
+def _cuda(vllm_config: VllmConfig, config: SpindleConfig) -> Iterator[Refusal]:
+    if target() is not CUDA:
+        return
+    if not vllm_config.use_v2_model_runner:
+        yield Refusal(
+            "VLLM_USE_V2_MODEL_RUNNER",
+            0,
+            "on CUDA it serves model runner V2, vLLM's default there",
+            "remove it, or what makes vLLM choose V1",
+        )
+    if config.gqa == "unfold":
+        yield Refusal(
+            "gqa",
+            "unfold",
+            "the reference runs one kernel per query head, on the CPU alone",
+            "use union or mean",
+        )
+    backend = vllm_config.attention_config.backend
+    if backend is not None:
+        yield from backend_refusals(backend.name)
 
 
 def _model(vllm_config: VllmConfig) -> Iterator[Refusal]:
@@ -133,7 +167,8 @@ def _parallel(vllm_config: VllmConfig) -> Iterator[Refusal]:
             )
     if parallel.enable_dbo or parallel.use_ubatching:
         yield Refusal("--enable-dbo", True, "a step must be one batch", "leave it off")
-    if parallel.worker_cls != "vllm.v1.worker.cpu_worker.CPUWorker" and current_platform.is_cpu():
+    platform = target()
+    if platform is not None and parallel.worker_cls != platform.stock_worker:
         yield Refusal(
             "--worker-cls", parallel.worker_cls, "spindle brings its own worker class", "remove it"
         )
@@ -217,12 +252,14 @@ def _bands(vllm_config: VllmConfig, config: SpindleConfig) -> Iterator[Refusal]:
 
 def _codebooks(vllm_config: VllmConfig, config: SpindleConfig) -> Iterator[Refusal]:
     model = vllm_config.model_config
-    if config.merges and model.dtype != torch.bfloat16:
+    platform = target()
+    if config.merges and platform is not None and model.dtype not in platform.codebook_dtypes:
+        good = [str(dtype).removeprefix("torch.") for dtype in platform.codebook_dtypes]
         yield Refusal(
             "--dtype",
             str(model.dtype).removeprefix("torch."),
-            "codebooks are kept in bfloat16",
-            "use --dtype bfloat16, or method evict",
+            f"codebooks are kept in {' or '.join(good)}",
+            f"use --dtype {good[0]}, or method evict",
         )
     block_size = vllm_config.cache_config.block_size
     if config.merges and block_size % 16:

@@ -132,7 +132,8 @@ class DenseRegion:
     ) -> float:
         num_kept = plan.reduced_blocks * self._block_size // self._num_copies
         kept = prompt.choose(layer.scale, context_tokens(plan, self._block_size), num_kept)
-        slots = (region.unsqueeze(1) * self._block_size + torch.arange(self._block_size)).flatten()
+        places = torch.arange(self._block_size, device=region.device)
+        slots = (region.unsqueeze(1) * self._block_size + places).flatten()
         copies = kept.unbind(1) if kept.dim() == 3 else (kept,)
         for copy, copy_slots in zip(copies, slots.chunk(len(copies)), strict=True):
             if len(copy_slots):
@@ -171,12 +172,13 @@ class CodebookRegion:
         # Not before vLLM has started: its kernel registration trips over numba's modules.
         from vllm_spindle.kernels.numba_cover import admit_layer
 
+        places = torch.arange(context.stop, device=prompt.keys.device)
+        keys = unrotate_keys(prompt.keys[:, : context.stop], places, layer.cos_sin)
+        # On the CPU, wherever the cache is: which token finds an entry depends on those before it.
         heads = admit_layer(
-            unrotate_keys(
-                prompt.keys[:, : context.stop], torch.arange(context.stop), layer.cos_sin
-            ),
-            prompt.values[:, : context.stop],
-            prompt.rank(layer.scale, context),
+            keys.cpu(),
+            prompt.values[:, : context.stop].cpu(),
+            prompt.rank(layer.scale, context).cpu(),
             (self.policy.config.theta_key, self.policy.config.theta_value),
             (shape.num_key_entries, shape.num_value_entries, shape.num_tokens),
         )

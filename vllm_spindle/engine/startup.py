@@ -6,12 +6,12 @@ from vllm.logger import init_logger
 from vllm_spindle.config import SpindleConfig
 from vllm_spindle.engine.compat import version_problem
 from vllm_spindle.engine.options import asked_for, policy_for, resolve
+from vllm_spindle.engine.platforms import CUDA, target
 from vllm_spindle.engine.refusals import config_refusals, raise_if_any
 
 # Under vLLM's logger tree, so that the user's logging settings apply.
 logger = init_logger("vllm.spindle")
 
-WORKER = "vllm_spindle.processes.worker_cpu.SpindleCPUWorker"
 SCHEDULER = "vllm_spindle.processes.scheduler.SpindleScheduler"
 ASYNC_SCHEDULER = "vllm_spindle.processes.scheduler.SpindleAsyncScheduler"
 
@@ -42,7 +42,14 @@ def prepare(vllm_config: VllmConfig) -> bool:
 
 
 def _switch_on(vllm_config: VllmConfig) -> None:
-    vllm_config.parallel_config.worker_cls = WORKER
+    platform = target()
+    assert platform is not None  # else refused
+    vllm_config.parallel_config.worker_cls = platform.worker
+    if platform is CUDA:
+        logger.warning(
+            "SpindleKV on CUDA: checked without a GPU (kernels interpreted, CUDA graphs emulated), "
+            "not yet run on a GPU by us"
+        )
     is_async = vllm_config.scheduler_config.async_scheduling
     vllm_config.scheduler_config.scheduler_cls = ASYNC_SCHEDULER if is_async else SCHEDULER
 

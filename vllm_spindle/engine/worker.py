@@ -4,7 +4,7 @@ What differs between model runners V1 and V2 is in ``runners.py``.
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils import length_from_prompt_token_ids_or_embeds
 
 from vllm_spindle.engine.active import activate
-from vllm_spindle.engine.cache_layout import CacheLayout
+from vllm_spindle.engine.decoders import Decoder, make_decoder, warm_up
 from vllm_spindle.engine.graphs import most_captured_tokens
 from vllm_spindle.engine.options import request_options
 from vllm_spindle.engine.reduction import Reducer
@@ -22,9 +22,6 @@ from vllm_spindle.engine.runners import RunnerView, view_of
 from vllm_spindle.engine.spec import SpindleSpec
 from vllm_spindle.engine.step import PromptEnd, Step
 from vllm_spindle.engine.window import WindowStash
-
-if TYPE_CHECKING:
-    from vllm_spindle.kernels.decode import RegionDecoder
 
 
 class SpindleWorkerMixin:
@@ -92,15 +89,17 @@ class RunnerReduction:
         self.reducer.warm_up()
         self._scheduler_output: Any = None
         self._step: Step | None = None
+        attention = next(iter(runner.compilation_config.static_forward_context.values()))
+        self._backend = attention.attn_backend.get_name()
         self._decoders = {
-            layer.layer_idx: _decoder(layer, self.reducer.layout)
+            layer.layer_idx: make_decoder(layer, self._backend, self.reducer.layout)
             for band in self.reducer.bands
             for layer in band
             if layer.cos_sin is not None
         }
         for layer in [layer for band in self.reducer.bands for layer in band]:
             if layer.cos_sin is not None:
-                _warm_up_decoder(self._decoders[layer.layer_idx], layer, runner)
+                warm_up(self._decoders[layer.layer_idx], layer, attention.num_heads)
                 break
 
     @property
@@ -116,7 +115,7 @@ class RunnerReduction:
         """The window's queries."""
         return self.reducer.stash
 
-    def decoder(self, layer_idx: int) -> "RegionDecoder":
+    def decoder(self, layer_idx: int) -> Decoder:
         """The compiled kernel that reads a layer's codebooks."""
         return self._decoders[layer_idx]
 
@@ -148,6 +147,7 @@ class RunnerReduction:
                 _visual_mask(request.mm_features, prompt_len),
             )
 
+    @torch.inference_mode()
     def finish(self) -> None:
         """Reduce prompts that ended, as much as a step may; the scheduler holds back the rest."""
         self.stash.settle()
@@ -162,7 +162,8 @@ class RunnerReduction:
                 del self._ends[work.request_id]
 
     def _block_ids(self, band: int, request_id: str) -> Tensor:
-        return self._view.block_ids(self._group_of_band[band], request_id)
+        block_ids = self._view.block_ids(self._group_of_band[band], request_id)
+        return block_ids.to(self.reducer.bands[0][0].kv_cache.device)
 
 
 def _visual_mask(mm_features: Any, prompt_len: int) -> Tensor | None:
@@ -228,33 +229,3 @@ def _reduced_layer(layer: Any, cos_sin: Tensor | None) -> ReducedLayer:
         write=write,
         cos_sin=cos_sin,
     )
-
-
-def _decoder(layer: ReducedLayer, layout: CacheLayout) -> "RegionDecoder":
-    # Not before vLLM has started: its kernel registration trips over numba's modules.
-    from vllm_spindle.kernels.decode import RegionDecoder
-
-    assert layer.cos_sin is not None
-    # The kernel knows vLLM's usual packing by heart; another one it reads through tables.
-    is_usual = layout.key_strides == (1, layer.kv_cache.shape[2]) and layout.value_strides == (
-        layer.cos_sin.shape[1],
-        1,
-    )
-    return RegionDecoder(
-        layer.cos_sin,
-        layer.scale,
-        key_index=None if is_usual else layout.key_index,
-        value_index=None if is_usual else layout.value_index,
-        num_threads=torch.get_num_threads(),
-    )
-
-
-def _warm_up_decoder(decoder: "RegionDecoder", layer: ReducedLayer, runner: Any) -> None:
-    """Compile the kernel at start-up: one sham query over one tail token of an unused block."""
-    from vllm_spindle.kernels.decode import DecodeRows
-
-    attention = runner.compilation_config.static_forward_context
-    num_heads = next(iter(attention.values())).num_heads
-    query = torch.zeros(1, num_heads, layer.kv_cache.shape[-1] // 2, dtype=torch.bfloat16)
-    rows = DecodeRows.of([[1]], [[0, 0]], [[0, 0, 0]], [1], [0, 1])
-    decoder(query, torch.empty_like(query), layer.kv_cache, rows)

@@ -1,0 +1,110 @@
+"""vLLM's Triton attention on shifted tables and ours over codebooks, interpreted, on runner V2.
+
+What CUDA will run, but for FlashAttention, with kernels that Triton's interpreter executes; eagerly
+and with FULL CUDA graphs emulated.
+"""
+
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from engine_child import in_child
+from engine_probe.interpreted import ENVIRONMENT
+
+pytestmark = pytest.mark.engine
+
+EVICT = {"keep_ratio": 0.4, "min_prompt_len": 32, "window": 16}
+BOTH = {**EVICT, "keep_ratio": 0.6, "method": "both", "protected_prefix_tokens": 32}
+SMALL = {"max_model_len": 256, "max_num_seqs": 4}
+# name: (spindle, vLLM, Triton attention, FULL graphs, splits of the codebook kernel)
+MODES: dict[str, tuple[dict[str, Any], dict[str, Any], bool, bool, int]] = {
+    "cpu": (EVICT, {"dtype": "float32"}, False, False, 1),
+    "evict": (EVICT, {"dtype": "float32"}, True, False, 1),
+    "codebooks": (BOTH, {"dtype": "float16"}, True, False, 1),
+    "in graphs": (BOTH, {"dtype": "float16"}, True, True, 3),
+}
+# The second prompt ends in a chunk of one token, beside decodes of the first and third.
+PROMPT_LENS = [90, 193, 57]
+
+
+def served(model: str) -> dict[str, Any]:
+    """Per mode: tokens, classes, and how attention agrees with the torch twin."""
+    from dataclasses import asdict
+    from unittest.mock import patch
+
+    from engine_probe.interpreted import enable, triton_attention
+
+    enable()
+    import tiny
+    from engine_probe.engines import Ask, engine
+    from engine_probe.graphs import full_graphs
+    from engine_probe.twin import capture, compare
+    from vllm_spindle.kernels import device_decode
+
+    prompts = [each["prompt_token_ids"] for each in tiny.prompts(3, PROMPT_LENS, seed=2)]
+    asks = [Ask(prompt, max_tokens=5) for prompt in prompts]
+    found: dict[str, Any] = {}
+    for name, (spindle, options, is_triton, with_graphs, num_splits) in MODES.items():
+        with ExitStack() as stack:
+            if is_triton:
+                stack.enter_context(triton_attention())
+            stack.enter_context(
+                patch.object(device_decode, "_choose_splits", lambda *_, n=num_splits: n)
+            )
+            graphs = stack.enter_context(full_graphs(sizes=[1, 2, 4])) if with_graphs else {}
+            running = stack.enter_context(engine(model, spindle, **SMALL, **options))
+            running.chunk(96)
+            seen = None if with_graphs else stack.enter_context(capture())
+            tokens = running.run(asks)
+            reduction = running.core.model_executor.driver_worker.worker._reduction
+            found[name] = {
+                "tokens": tokens,
+                "backend": reduction._backend,
+                "decoders": sorted({type(d).__name__ for d in reduction._decoders.values()}),
+                "replays": sum(graphs.values()),
+                "idle_free": running.is_idle_and_free,
+            }
+            if seen is not None:
+                lens = {f"r{i}": (length, None) for i, length in enumerate(PROMPT_LENS)}
+                policy = running.managers[0].kv_cache_spec.policy
+                found[name] |= asdict(compare(seen, policy, lens))
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(small_llama: str) -> dict[str, Any]:
+    return in_child(served, env=ENVIRONMENT, model=small_llama)
+
+
+def test_the_backend_is_the_one_asked_for(found: dict[str, Any]) -> None:
+    """And with it the kernel over codebooks; every block is free in the end."""
+    assert found["cpu"]["backend"] == "CPU_ATTN"
+    for name in MODES.keys() - {"cpu"}:
+        assert found[name]["backend"] == "TRITON_ATTN"
+        kernels = [] if name == "evict" else ["DeviceRegionDecoder"]
+        assert found[name]["decoders"] == kernels
+    assert all(each["idle_free"] for each in found.values())
+
+
+def test_evicted_rows_are_read_as_by_the_cpu(found: dict[str, Any]) -> None:
+    """Token for token; what is left is what the core keeps, and it is attended."""
+    assert found["evict"]["tokens"] == found["cpu"]["tokens"]
+    assert found["evict"]["kept_differ"] == 0 < found["evict"]["kept_layers"]
+    assert found["evict"]["error"] < 1e-4 < 1e-2 < found["evict"]["error_to_full"]
+
+
+def test_codebooks_are_read_as_by_the_oracle(found: dict[str, Any]) -> None:
+    """In batches with whole rows and prompts under way, behind a protected prefix.
+
+    Up to the rounding of queries and outputs, float16, and of entries, bfloat16.
+    """
+    assert found["codebooks"]["merged_rows"] >= 8
+    assert found["codebooks"]["merged_error"] < 1e-2
+    assert found["codebooks"]["prompt_error"] < 4e-3
+
+
+def test_graphs_change_nothing(found: dict[str, Any]) -> None:
+    """Token for token, with the codebook kernel split three ways."""
+    assert found["in graphs"]["tokens"] == found["codebooks"]["tokens"]
+    assert found["in graphs"]["replays"] >= 4

@@ -74,15 +74,25 @@ class SpindleConfig(BaseModel):
         0.95, description="cosine above which a value may share an entry"
     )
     window: Annotated[int, Field(ge=1, le=1024)] = Field(
-        32, description="last prompt tokens: their queries score the context, and they are kept"
+        32, description="last prompt tokens whose queries score the context"
     )
-    score: Literal["pooled", "paper", "random"] = Field(
-        "pooled",
-        description="importance of a token: the window's attention max-pooled over neighbours, "
-        "the paper's eq. 2 literally, or random (a baseline)",
+    recent: Annotated[int, Field(ge=1, le=1024)] = Field(
+        8, description="last prompt tokens that are kept in any case"
+    )
+    score: Literal["received", "pooled", "paper", "random"] = Field(
+        "received",
+        description="importance of a token: the window's attention and, in turns with it, the most "
+        "that any observer paid from afar, for questions yet to come; the window's alone (pooled); "
+        "the paper's eq. 2 literally; or random (a baseline)",
+    )
+    observers: Annotated[int, Field(ge=1, le=8192)] = Field(
+        256,
+        description="most tokens before the window whose queries score under 'received', spread "
+        "over the last half of the prompt",
     )
     pool_kernel: Annotated[int, Field(ge=1, le=63)] = Field(
-        5, description="neighbours (tokens, odd) that 'pooled' takes the maximum over"
+        5,
+        description="neighbours (tokens, odd) that 'received' and 'pooled' take the maximum over",
     )
     gqa: Literal["union", "mean", "unfold"] = Field(
         "union",
@@ -90,7 +100,8 @@ class SpindleConfig(BaseModel):
         "their mean; or each for itself with a copy of its own (reference)",
     )
     budget: Literal["pyramid", "uniform"] = Field(
-        "pyramid", description="deeper bands keep fewer tokens, or all bands keep the same"
+        "uniform",
+        description="all bands keep the same share, or deeper ones fewer tokens (pyramid)",
     )
     beta: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.05, description="share of the context that the deepest layer keeps under 'pyramid'"
@@ -152,6 +163,11 @@ class SpindleConfig(BaseModel):
         """Whether any band has a codebook."""
         methods = (self.method,) if self.band_methods is None else self.band_methods
         return any(method != "evict" for method in methods)
+
+    @property
+    def num_observers(self) -> int:
+        """Most tokens before the window that score."""
+        return self.observers if self.score == "received" else 0
 
     @property
     def is_on(self) -> bool:

@@ -14,18 +14,19 @@ Or by any method of ``baselines``, two passes over the prompt included, for ques
     model.generate(torch.cat([document_ids, question_ids], dim=1), past_key_values=cache)
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vllm_spindle.baselines.base import NUM_FUTURE, Method
+from vllm_spindle.baselines.base import NUM_FUTURE, Method, PromptLayer
 from vllm_spindle.baselines.spindle import DEFAULT_BLOCK_SIZE, make_policy, reduce_by_plan
 from vllm_spindle.calibration.capture import rotary_table
 from vllm_spindle.config import SpindleConfig
 from vllm_spindle.hf_layers import QueryCache, QueryLayer, enable
 
-__all__ = ["SpindleCache", "compress", "enable"]
+__all__ = ["SpindleCache", "compress", "enable", "read", "reduce_read"]
 
 
 @torch.inference_mode()
@@ -41,13 +42,34 @@ def compress(model: Any, input_ids: Tensor, method: Method, byte_ratio: float) -
     Raises:
         ValueError: if the method cannot reduce this model or prompt.
     """
+    layers = read(model, input_ids, twice=method.reads_twice)
+    return reduce_read(model, layers, method, byte_ratio)
+
+
+@torch.inference_mode()
+def read(model: Any, input_ids: Tensor, *, twice: bool = False) -> list[PromptLayer]:
+    """What each layer sees of a prompt, for ``reduce_read``: by several methods, if need be.
+
+    Args:
+        model: one that passed ``enable``.
+        input_ids: the prompt. [1, P].
+        twice: for methods that read twice, a second time behind itself.
+    """
     cache = QueryCache(model.config)
     num_tokens = input_ids.shape[1]
-    for _ in range(2 if method.reads_twice else 1):
+    for _ in range(2 if twice else 1):
         model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    layers = cache.prompt(
-        _rotary_table(model, num_tokens + NUM_FUTURE), num_tokens if method.reads_twice else 0
-    )
+    return cache.prompt(_rotary_table(model, num_tokens + NUM_FUTURE), num_tokens if twice else 0)
+
+
+@torch.inference_mode()
+def reduce_read(
+    model: Any, layers: Sequence[PromptLayer], method: Method, byte_ratio: float
+) -> QueryCache:
+    """A cache that holds a prompt that was read, reduced; ``layers`` stay as they are."""
+    cache = QueryCache(model.config)
+    for own, layer in zip(cache.layers, layers, strict=True):
+        own.load(layer)
     cache.reduce(method.reduce(layers, byte_ratio))
     return cache
 

@@ -4,13 +4,17 @@ Hashable and picklable: the engine carries it inside each band's KV-cache spec, 
 scheduler and every worker compute the same plan.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
+import numpy as np
+
 from vllm_spindle.config import MethodName, RequestOptions, SpindleConfig
 from vllm_spindle.core.bands import default_num_bands, split_layers, usable_num_bands
 from vllm_spindle.core.budget import BandPlan, plan_prompt, shareable_blocks
+from vllm_spindle.core.observers import observed_positions
 from vllm_spindle.core.pacing import ReductionQueue
 
 SERVERS = RequestOptions()
@@ -71,6 +75,15 @@ class SpindlePolicy:
         plans = self.plan_request(prompt_len, options)
         return shareable_blocks(plans, prompt_len, self.block_size)
 
+    def observed(self, prompt_len: int, plans: Sequence[BandPlan]) -> np.ndarray:
+        """Tokens whose queries score the prompt, ascending; the window last. int64."""
+        return observed_positions(
+            prompt_len,
+            window=self.config.window,
+            observers=self.config.num_observers,
+            first=plans[0].observed_from,
+        )
+
     def visual_share(self, band: int) -> float:
         """Visual tokens that a band may keep, over what would be proportional, [0, 1]."""
         depth = band / (len(self.bands) - 1) if len(self.bands) > 1 else 1.0
@@ -119,7 +132,7 @@ def _plan(
         prompt_len,
         # The decimal that the user wrote: 0.29 of 100 tokens is 29, not 28.
         keep_ratio=Fraction(str(keep_ratio)),
-        window=config.window,
+        recent=config.recent,
         block_size=policy.block_size,
         bands=policy.bands,
         beta=Fraction(str(config.beta)),
@@ -127,4 +140,6 @@ def _plan(
         unit_blocks=policy.num_queries_per_kv if config.gqa == "unfold" else 1,
         min_prompt_len=config.min_prompt_len,
         protected_tokens=protected_tokens,
+        window=config.window,
+        observers=config.num_observers,
     )

@@ -12,13 +12,13 @@ MAX_ERROR = 5e-3
 MODES = {
     f"{gqa}-{score}": {"gqa": gqa, "score": score}
     for gqa in ("union", "mean", "unfold")
-    for score in ("pooled", "paper")
+    for score in ("received", "pooled", "paper")
 }
 # A band for every layer, and a window that is no whole block.
-MODES["layer-bands"] = {"num_bands": 6, "budget": "uniform", "window": 48}
+MODES["layer-bands"] = {"num_bands": 6, "budget": "pyramid", "window": 48, "recent": 20}
 # A prefix that every band keeps, off the block grid; with a copy for each query head, too.
 MODES["prefix"] = {"protected_prefix_tokens": 200}
-MODES["prefix-unfold"] = {"protected_prefix_tokens": 96, "gqa": "unfold", "budget": "uniform"}
+MODES["prefix-unfold"] = {"protected_prefix_tokens": 96, "gqa": "unfold"}
 # Off the block grid, on it, one over; and one too short to be reduced.
 PROMPT_LENS = [1500, 1024, 801, 300, 95]
 LONGEST = PROMPT_LENS[0]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from vllm.model_executor.models.utils import extract_layer_index
 
+from vllm_spindle.core.budget import BandPlan
 from vllm_spindle.core.choice import ChoiceRule, choose_kept
 from vllm_spindle.core.reference import attend_codebook, attend_reduced
 from vllm_spindle.engine import reduction, regions
@@ -167,7 +168,7 @@ def compare(
             result.merged_error = max(result.merged_error, error)
             continue
         if plan.is_reduced:
-            chosen = layer.core_choice(policy, prompt_len, plan.reduced_blocks)
+            chosen = layer.core_choice(policy, prompt_len, plan)
             kept = layer.with_prefix(chosen)
             found = seen.kept[request_id, layer_idx]
             result.kept_layers += 1
@@ -212,19 +213,22 @@ class TwinLayer:
         """The softmax scale of the tiny models."""
         return self.queries.shape[-1] ** -0.5
 
-    def core_choice(self, policy: SpindlePolicy, prompt_len: int, reduced_blocks: int) -> Tensor:
+    def core_choice(self, policy: SpindlePolicy, prompt_len: int, plan: BandPlan) -> Tensor:
         """What the pure-torch core keeps."""
         config = policy.config
         copies = policy.num_queries_per_kv if config.gqa == "unfold" else 1
-        window = self.queries[prompt_len - config.window : prompt_len]
+        observed = torch.from_numpy(policy.observed(prompt_len, [plan]))
         num_kv_heads, head_size = self.keys.shape[1:]
         return choose_kept(
-            ChoiceRule(config.score, config.pool_kernel, config.gqa),
-            window.view(config.window, num_kv_heads, -1, head_size).permute(1, 2, 0, 3),
+            ChoiceRule(config.score, config.pool_kernel, config.gqa, window=config.window),
+            self.queries[observed]
+            .view(len(observed), num_kv_heads, -1, head_size)
+            .permute(1, 2, 0, 3),
             self.keys[:prompt_len].transpose(0, 1),
+            observed,
             scale=self.scale,
             num_context=self.num_context,
-            num_kept=reduced_blocks * policy.block_size // copies,
+            num_kept=plan.reduced_blocks * policy.block_size // copies,
             num_protected=self.num_protected,
         )
 

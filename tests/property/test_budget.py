@@ -22,7 +22,7 @@ class Case:
     """Everything that a plan depends on but the keep ratio."""
 
     prompt_len: int
-    window: int
+    recent: int
     block_size: int
     num_layers: int
     num_bands: int
@@ -41,7 +41,7 @@ class Case:
         return plan_prompt(
             self.prompt_len,
             keep_ratio=keep_ratio,
-            window=self.window,
+            recent=self.recent,
             block_size=self.block_size,
             bands=split_layers(self.num_layers, self.num_bands),
             beta=self.beta,
@@ -54,7 +54,7 @@ class Case:
     @property
     def rest_len(self) -> int:
         """Tokens after the protected prefix: what the ratio speaks of."""
-        tail = max(0, self.prompt_len - self.window) // self.block_size
+        tail = max(0, self.prompt_len - self.recent) // self.block_size
         return self.prompt_len - min(self.protected_tokens // self.block_size, tail) * (
             self.block_size
         )
@@ -71,7 +71,7 @@ def cases(draw: st.DrawFn) -> Case:
     num_layers = draw(st.integers(1, 40))
     return Case(
         prompt_len=draw(st.integers(1, 5000)),
-        window=draw(st.integers(1, 128)),
+        recent=draw(st.integers(1, 128)),
         block_size=draw(st.sampled_from([1, 8, 16, 32, 128])),
         num_layers=num_layers,
         num_bands=draw(st.integers(1, min(8, num_layers))),
@@ -84,7 +84,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 @given(cases(), KEEP_RATIOS)
 def test_a_plan_holds_no_more_bytes_than_asked(case: Case, keep_ratio: Fraction) -> None:
-    """Whole blocks and padding layers fit in the ratio's bytes, or only the window is held."""
+    """Whole blocks and padding layers fit in the ratio's bytes, or only recent tokens are held."""
     assume(keep_ratio < 1)
     plan = case.plan(keep_ratio)
     allowed = keep_ratio * case.rest_len * case.num_layers
@@ -113,7 +113,7 @@ def test_regions_lie_before_the_window(case: Case, keep_ratio: Fraction) -> None
         assert band.tail_block <= band.prompt_blocks
         assert not band.is_reduced or band.prefix_blocks == case.protected_tokens // case.block_size
         assert band.prompt_blocks == math.ceil(Fraction(case.prompt_len, case.block_size))
-        first_of_window = max(0, case.prompt_len - case.window)
+        first_of_window = max(0, case.prompt_len - case.recent)
         assert band.tail_block == first_of_window // case.block_size
 
 
@@ -155,7 +155,7 @@ def test_short_prompts_are_kept_whole(
 ) -> None:
     """A prompt within its window, or below the minimum, frees nothing; else the minimum is idle."""
     plan = case.plan(keep_ratio, min_prompt_len)
-    if case.prompt_len <= case.window or case.rest_len < min_prompt_len:
+    if case.prompt_len <= case.recent or case.rest_len < min_prompt_len:
         assert not any(band.is_reduced for band in plan)
     else:
         assert plan == case.plan(keep_ratio)

@@ -35,6 +35,12 @@ METHODS: dict[str, Callable[..., Method]] = {
 }
 
 ABLATIONS: dict[str, dict[str, Any]] = {
+    "spindle_window": {"score": "pooled"},
+    "spindle_no_pool": {"pool_kernel": 1},
+    "spindle_recent_32": {"recent": 32},
+    "spindle_mean": {"gqa": "mean"},
+    "spindle_pyramid": {"budget": "pyramid"},
+    "spindle_random": {"score": "random"},
     "profiled_alike": {"profile": None},
     "profiled_window": {"score": "window"},
     "profiled_no_turns": {"window_turns": False},
@@ -43,7 +49,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "profiled_random": {"score": "random", "window_turns": False},
     "profiled_two_pass": {"score": "repeated"},
 }
-"""``profiled`` with one part taken out, or another in its place; names for ``make_method``."""
+"""A method with one part taken out, or another in its place; names for ``make_method``."""
 
 
 def make_method(name: str, *, seed: int = 0, **options: Any) -> Method:
@@ -58,7 +64,7 @@ def make_method(name: str, *, seed: int = 0, **options: Any) -> Method:
         ValueError: if there is no such method or dial.
     """
     if name in ABLATIONS:
-        name, options = "profiled", {**options, **ABLATIONS[name]}
+        name, options = name.partition("_")[0], {**options, **ABLATIONS[name]}
     if name not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
     if name == "random":

@@ -60,7 +60,8 @@ class D2O(H2O):
 
 def _spread(layer: PromptLayer) -> Tensor:
     """Variance over tokens of the scaled column sums, mean over heads. []."""
-    sums = received_attention(layer.queries, layer.keys, layer.scale, first_position=0)
+    everyone = torch.arange(layer.num_tokens)
+    sums = received_attention(layer.queries, layer.keys, layer.scale, positions=everyone)
     low, high = sums.amin(-1, keepdim=True), sums.amax(-1, keepdim=True)
     scaled = (sums - low) / (high - low).clamp(min=1e-12)
     return scaled.var(dim=-1, correction=0).mean()

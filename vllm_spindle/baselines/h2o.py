@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from vllm_spindle.baselines.base import Baseline, PromptLayer
@@ -23,5 +24,6 @@ class H2O(Baseline):
         return max(1, num_kept // 2)
 
     def score(self, layer: PromptLayer) -> Tensor:
-        sums = received_attention(layer.queries, layer.keys, layer.scale, first_position=0)
+        everyone = torch.arange(layer.num_tokens)
+        sums = received_attention(layer.queries, layer.keys, layer.scale, positions=everyone)
         return sums.mean(dim=1)

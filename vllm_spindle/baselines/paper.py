@@ -93,12 +93,14 @@ class Paper(Method):
         num_context = layers[0].num_tokens - self.window
         if byte_ratio >= 1 or num_context <= 0:
             return [keep_all(layer) for layer in layers]
-        rule = ChoiceRule("paper", 1, "unfold")
+        rule = ChoiceRule("paper", 1, "unfold", window=self.window)
+        window = torch.arange(num_context, layers[0].num_tokens)
         ranked = [
             rank_context(
                 rule,
                 layer.queries[:, :, -self.window :],
                 layer.keys,
+                window,
                 scale=layer.scale,
                 num_context=num_context,
                 num_kept=num_context,

@@ -127,7 +127,7 @@ class Profiled(Method):
                 layer.repeated,
                 layer.keys,
                 layer.scale,
-                first_position=layer.num_tokens,
+                positions=layer.num_tokens + torch.arange(layer.num_tokens),
                 reduction="max",
             )
         else:
@@ -147,8 +147,7 @@ class Profiled(Method):
             layer.queries[:, :, first:stop:stride],
             layer.keys,
             layer.scale,
-            first_position=first,
-            stride=stride,
+            positions=torch.arange(first, stop or layer.num_tokens, stride),
             min_distance=self.min_distance,
             reduction="max",
         )

@@ -45,7 +45,7 @@ class PyramidInfer(Baseline):
             layer.queries[:, :, -num_rows:],
             layer.keys,
             layer.scale,
-            first_position=layer.num_tokens - num_rows,
+            positions=torch.arange(layer.num_tokens - num_rows, layer.num_tokens),
             weights=weights / weights.sum(),
         )
         mean = received.mean(dim=(0, 1))

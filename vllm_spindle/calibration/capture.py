@@ -2,8 +2,8 @@
 
 A transformers attention function of our own stands in for the model's: once to record, then to
 replay the answer over reduced contexts. Nothing of the model's code is changed.
-Shapes: K kv heads, G query heads per kv head, W window queries, N answer tokens, P prompt tokens,
-D head size.
+Shapes: K kv heads, G query heads per kv head, Q queries of the prompt's end, N answer tokens,
+P prompt tokens, D head size.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +29,7 @@ class CapturedLayer:
     """One layer's attention inputs. Keys and values as the cache holds them, rounded to bf16.
 
     Attributes:
-        queries: rotated, of the prompt's last W tokens and of the answer's. [K, G, W + N, D].
+        queries: rotated, of the prompt's last Q tokens and of the answer's. [K, G, Q + N, D].
         keys: rotated. [K, P + N, D].
         values: [K, P + N, D].
         scale: softmax scale.
@@ -83,13 +83,13 @@ def load_model(model: str, dtype: str) -> Any:
 
 
 @torch.inference_mode()
-def capture(model: Any, token_ids: Sequence[int], window: int, num_new: int) -> CapturedPrompt:
+def capture(model: Any, token_ids: Sequence[int], num_queries: int, num_new: int) -> CapturedPrompt:
     """Run one prompt and its greedy answer.
 
     Args:
         model: from ``load_model``.
         token_ids: the prompt. [P].
-        window: last prompt tokens whose queries are kept (W).
+        num_queries: last prompt tokens whose queries are kept (Q).
         num_new: most answer tokens; the end of the text ends the answer.
 
     Raises:
@@ -110,7 +110,7 @@ def capture(model: Any, token_ids: Sequence[int], window: int, num_new: int) -> 
 
     def record(query: Tensor, key: Tensor, value: Tensor, scale: float, _: int) -> None:
         keys, values = key[0].bfloat16(), value[0].bfloat16()
-        first = max(0, prompt_len - window)
+        first = max(0, prompt_len - num_queries)
         queries = query[0].view(keys.shape[0], -1, *query.shape[2:])[:, :, first:]
         layers.append(CapturedLayer(queries.clone(), keys, values, scale))
 

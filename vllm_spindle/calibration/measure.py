@@ -3,7 +3,7 @@
 Two measures. ``error`` is local: how far a layer's attention output moves, inputs held as they
 were. ``divergence`` is what comes out: the model answers over reduced contexts, and its next-token
 distributions are compared with its own. Only answer tokens see a reduced context in serving, so
-``error`` is taken at their queries and, apart, at the window's, which chose what eviction keeps.
+``error`` is taken at their queries and, apart, at the recent prompt tokens', which are dense.
 """
 
 from collections.abc import Sequence
@@ -28,14 +28,14 @@ class BandMeasure:
     """One method in one band, the other bands whole; means over prompts, layers and heads.
 
     Attributes:
-        window_error, answer_error: relative L2 error of the attention output, [0, ...).
+        recent_error, answer_error: relative L2 error of the attention output, [0, ...).
         divergence: KL of the answer's next-token distributions, nats.
         overflow: share of the context tokens turned away for want of an entry.
         region_blocks: blocks of the band's reduced region, the same for all methods.
     """
 
     method: MethodName
-    window_error: float
+    recent_error: float
     answer_error: float
     divergence: float
     overflow: float
@@ -110,10 +110,10 @@ class Bench:
                 overflows.append(reduced.overflow)
         alone: list[MethodName | None] = [None] * len(self.policy.bands)
         alone[band] = method
-        window_error, answer_error = torch.tensor(errors).mean(dim=0).tolist()
+        recent_error, answer_error = torch.tensor(errors).mean(dim=0).tolist()
         return BandMeasure(
             method=method,
-            window_error=window_error,
+            recent_error=recent_error,
             answer_error=answer_error,
             divergence=self._replay(alone)[0],
             overflow=sum(overflows) / len(overflows),
@@ -196,12 +196,13 @@ def _divergence(expected: Tensor, found: Tensor) -> Tensor:
 
 
 def _output_errors(prompt: CapturedPrompt, layer_idx: int, reduced: Reduced) -> tuple[float, float]:
-    """Relative error of a layer's outputs, at the window's queries and at the answer's."""
+    """Relative error of a layer's outputs, at the dense prompt tokens and at the answer's."""
     layer, start = prompt.layers[layer_idx], reduced.num_context
+    queries = layer.queries[:, :, start - layer.keys.shape[1] :]
     tail = (layer.keys[:, start:], layer.values[:, start:])
     whole = dense(layer.keys[:, :start], layer.values[:, :start])
-    expected = attend(layer.queries, *whole, *tail, layer.scale)
-    found = attend(layer.queries, *reduced.context, *tail, layer.scale)
+    expected = attend(queries, *whole, *tail, layer.scale)
+    found = attend(queries, *reduced.context, *tail, layer.scale)
     error = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-12)
     num_answers = len(prompt.answer)
     return float(error[..., :-num_answers].mean()), float(error[..., -num_answers:].mean())

@@ -96,14 +96,18 @@ def reduce_prompt(
         context = dense(layer.keys[:, :num_context], layer.values[:, :num_context])
         return Reduced(context, num_context, everything)
     config = policy.config
-    rule = ChoiceRule(config.score, config.pool_kernel, config.gqa, seed)
-    queries = layer.queries[:, :, -config.window :]
+    rule = ChoiceRule(config.score, config.pool_kernel, config.gqa, seed, config.window)
+    positions = torch.from_numpy(policy.observed(layer.num_tokens, [plan]))
+    # A captured prompt has the queries of its last tokens alone.
+    rows = positions - (layer.num_tokens - layer.queries.shape[2])
+    queries = layer.queries[:, :, rows]
 
     def rank(num_kept: int) -> Tensor:
         return rank_context(
             rule,
             queries,
             layer.keys,
+            positions,
             scale=layer.scale,
             num_context=num_context,
             num_kept=num_kept,

@@ -45,10 +45,13 @@ def unfold_layer(
     num_kv_heads, group, _, head_size = layer.queries.shape
     num_context = plan.tail_block * policy.block_size
     num_kept = plan.reduced_blocks * policy.block_size
+    queries = layer.queries[:, :, : -len(prompt.answer)]
+    observed = torch.from_numpy(policy.observed(prompt.prompt_len, [plan]))
     kept = rank_context(
-        ChoiceRule(config.score, config.pool_kernel, "unfold", config.seed),
-        layer.queries[:, :, : -len(prompt.answer)],
+        ChoiceRule(config.score, config.pool_kernel, "unfold", config.seed, config.window),
+        queries[:, :, observed - (prompt.prompt_len - queries.shape[2])],
         layer.keys[:, : prompt.prompt_len],
+        observed,
         scale=layer.scale,
         num_context=num_context,
         num_kept=num_kept,

@@ -130,7 +130,10 @@ def calibrate(
 
     loaded = load_model(model, dtype)
     window = policies[0].config.window
-    captured = [capture(loaded, prompt, window, num_new) for prompt in prompts]
+    # Observers lie in a prompt's last half.
+    captured = [
+        capture(loaded, prompt, max(window, len(prompt) // 2 + 1), num_new) for prompt in prompts
+    ]
     measured = [measure_bands(Bench(loaded, captured, policy)) for policy in policies]
     best = choose_plan(measured)
     methods = best.chosen.band_methods

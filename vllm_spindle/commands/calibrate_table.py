@@ -64,9 +64,9 @@ def _bands(report: dict[str, Any]) -> Table:
     table = Table(
         title="Each band alone, by method, in the same blocks",
         caption="relative error of attention outputs at the answer's queries (it decides) and the "
-        "window's; overflow: share of context tokens without an entry",
+        "recent tokens'; overflow: share of context tokens without an entry",
     )
-    for title in ("layers", "method", "blocks", "error\nanswer", "error\nwindow", "KL", "overflow"):
+    for title in ("layers", "method", "blocks", "error\nanswer", "error\nrecent", "KL", "overflow"):
         table.add_column(title, justify="right")
     for band in report["bands"]:
         for name, found in band["methods"].items():
@@ -75,7 +75,7 @@ def _bands(report: dict[str, Any]) -> Table:
                 name,
                 f"{found['region_blocks']:.1f}",
                 f"{found['answer_error']:.4f}",
-                f"{found['window_error']:.4f}",
+                f"{found['recent_error']:.4f}",
                 f"{found['divergence']:.5f}",
                 f"{found['overflow']:.3f}",
                 style="bold" if name == band["chosen"] else None,

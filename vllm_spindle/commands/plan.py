@@ -48,8 +48,8 @@ class BandRow:
     Attributes:
         first_layer, last_layer: the band's layers, both included.
         region_tokens: context tokens kept by each layer, chosen by score, or merged.
-        window_tokens: last tokens of the prompt, always kept, natural order: the window, and
-            what shares its first block.
+        recent_tokens: last tokens of the prompt, always kept, natural order: ``recent`` of them,
+            and what shares the first one's block.
         held_blocks, freed_blocks: of the band's KV-cache group.
         protected_tokens: of the protected prefix, held whole, its blocks shared by who has it.
         held_bytes, full_bytes: whole blocks, the last one's empty places included.
@@ -59,7 +59,7 @@ class BandRow:
     first_layer: int
     last_layer: int
     region_tokens: int
-    window_tokens: int
+    recent_tokens: int
     held_blocks: int
     freed_blocks: int
     protected_tokens: int
@@ -114,7 +114,7 @@ def band_row(
         first_layer=layers.start,
         last_layer=layers.stop - 1,
         region_tokens=region_tokens if codebook is None else codebook.merged_tokens,
-        window_tokens=prompt_len - plan.tail_block * policy.block_size,
+        recent_tokens=prompt_len - plan.tail_block * policy.block_size,
         held_blocks=plan.held_blocks,
         freed_blocks=plan.freed_blocks,
         protected_tokens=plan.prefix_blocks * policy.block_size,
@@ -179,9 +179,9 @@ def _notes(
     elif prompt_len < config.min_prompt_len:
         notes.append(f"prompts under min_prompt_len={config.min_prompt_len} tokens are kept whole")
     elif all(plan.tail_block == 0 for plan in plans):
-        notes.append(f"the window of {config.window} tokens reaches into the first block: all kept")
+        notes.append(f"the {config.recent} recent tokens reach into the first block: all kept")
     elif all(plan.reduced_blocks == 0 for plan in plans):
-        notes.append("the window alone fills the budget: no context token is kept")
+        notes.append("recent tokens alone fill the budget: no context token is kept")
     if config.is_on and config.merges and geometry.dtype != "bfloat16":
         notes.append(f"codebook bands are served in bfloat16, not in {geometry.dtype}")
     return notes

@@ -97,7 +97,7 @@ def _codebooks(report: dict[str, Any]) -> Table:
 
 
 def _tokens(row: dict[str, Any]) -> str:
-    parts = [row["region_tokens"], row["window_tokens"]]
+    parts = [row["region_tokens"], row["recent_tokens"]]
     if row["protected_tokens"]:
         parts.insert(0, row["protected_tokens"])
     return " + ".join(map(str, parts))

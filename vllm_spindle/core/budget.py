@@ -3,15 +3,15 @@
 The scheduler and the worker both call ``plan_prompt`` with the same arguments and so agree
 without a message between them; ratios are rounded to counts here and nowhere else. No torch.
 
-A request's row of blocks in one band, after the reduction (P prompt tokens, w window, bs block
-size, natural indexing, never shortened):
+A request's row of blocks in one band, after the reduction (P prompt tokens, r recent ones, bs
+block size, natural indexing, never shortened):
 
     [0 .. prefix_blocks)            the protected prefix, whole; most often there is none
     [prefix_blocks .. first_block)  freed
     [first_block .. tail_block)     the reduced region: kept context tokens
-    [tail_block .. )                the recent window and what is generated, untouched
+    [tail_block .. )                the recent tokens and what is generated, untouched
 
-with tail_block = (P - w) // bs. The budget counts whole blocks, padding included; a protected
+with tail_block = (P - r) // bs. The budget counts whole blocks, padding included; a protected
 prefix is kept on top of it, and the rest of the prompt is what the keep ratio speaks of.
 """
 
@@ -21,18 +21,24 @@ from fractions import Fraction
 from typing import Literal
 
 from vllm_spindle.core.bands import band_ratios, pyramid_ratios
+from vllm_spindle.core.observers import first_observed
 
 BudgetShape = Literal["pyramid", "uniform"]
 
 
 @dataclass(frozen=True, slots=True)
 class BandPlan:
-    """What one band holds of one prompt once it is reduced. Counts of blocks."""
+    """What one band holds of one prompt once it is reduced. Counts of blocks.
+
+    ``observed_from`` counts tokens, and is the same in every band: the request computes the
+    queries of the tokens from there on by itself, for its scores (``core/observers.py``).
+    """
 
     first_block: int
     tail_block: int
     prompt_blocks: int
     prefix_blocks: int = 0
+    observed_from: int = 0
 
     @property
     def context_blocks(self) -> int:
@@ -66,13 +72,17 @@ def shareable_blocks(
     """Blocks from the row's start that the prefix cache may know, per band; None for all.
 
     Reduced content must never be found under a prompt's hash, and a block that is shared must
-    never be written: so a reduced band shares what lies before its region. Where another band is
-    reduced, a whole one shares its prompt alone: what is generated saw reduced layers.
+    never be written: so a reduced band shares what lies before its region. Its observers' queries
+    must be computed: so it shares nothing from them on. Where another band is reduced, a whole one
+    shares its prompt alone: what is generated saw reduced layers.
     """
     if not any(plan.is_reduced for plan in plans):
         return (None,) * len(plans)
     return tuple(
-        plan.first_block if plan.is_reduced else prompt_len // block_size for plan in plans
+        min(plan.first_block, plan.observed_from // block_size)
+        if plan.is_reduced
+        else prompt_len // block_size
+        for plan in plans
     )
 
 
@@ -107,7 +117,7 @@ def plan_prompt(
     prompt_len: int,
     *,
     keep_ratio: Fraction,
-    window: int,
+    recent: int,
     block_size: int,
     bands: Sequence[range],
     beta: Fraction,
@@ -115,17 +125,19 @@ def plan_prompt(
     unit_blocks: int = 1,
     min_prompt_len: int = 0,
     protected_tokens: int = 0,
+    window: int = 1,
+    observers: int = 0,
 ) -> tuple[BandPlan, ...]:
     """The plan of one prompt, one entry per band.
 
     ``keep_ratio`` of the tokens after the protected prefix, over all layers, is rounded down to
-    whole blocks; the window's blocks come first, the rest is the reduced region, shared out along
-    the pyramid. The window is kept even where it alone exceeds the budget.
+    whole blocks; the recent tokens' blocks come first, the rest is the reduced region, shared out
+    along the pyramid. The recent tokens are kept even where they alone exceed the budget.
 
     Args:
         prompt_len: prompt tokens (P), at least 1.
         keep_ratio: share of the KV bytes after the protected prefix to keep over all bands, (0, 1].
-        window: last prompt tokens, always kept (l_w).
+        recent: last prompt tokens, always kept.
         block_size: tokens per block.
         bands: layers of each band, shallow to deep.
         beta: pyramid floor (see ``pyramid_ratios``).
@@ -134,9 +146,11 @@ def plan_prompt(
             query head of a group).
         min_prompt_len: what is shorter, the protected prefix apart, is kept whole.
         protected_tokens: first tokens that every band keeps; only their whole blocks are.
+        window: last prompt tokens that score (l_w).
+        observers: most tokens before the window that score too.
     """
     prompt_blocks = num_blocks(prompt_len, block_size)
-    tail_block = max(0, (prompt_len - window) // block_size)
+    tail_block = max(0, (prompt_len - recent) // block_size)
     tail_blocks = prompt_blocks - tail_block
     prefix_blocks = min(protected_tokens // block_size, tail_block)
     rest_len = prompt_len - prefix_blocks * block_size
@@ -154,15 +168,18 @@ def plan_prompt(
     ratios = [context_ratio] * len(bands)
     if shape == "pyramid":
         ratios = band_ratios(pyramid_ratios(num_layers, context_ratio, beta), bands)
-    # A band left with its window alone can no longer see the context, so each gets a unit first.
+    # A band left with recent tokens alone can no longer see the context: each gets a unit first.
     floor = 1 if budget >= len(bands) else 0
     shares = share_out([r * cap for r in ratios], budget, floor=floor, cap=cap)
+    first_blocks = [tail_block - share * unit_blocks for share in shares]
+    observed_from = first_observed(
+        prompt_len,
+        window=window,
+        observers=observers,
+        prefix_tokens=prefix_blocks * block_size,
+        shared_tokens=min(first_blocks) * block_size,
+    )
     return tuple(
-        BandPlan(
-            first_block=tail_block - share * unit_blocks,
-            tail_block=tail_block,
-            prompt_blocks=prompt_blocks,
-            prefix_blocks=prefix_blocks,
-        )
-        for share in shares
+        BandPlan(first_block, tail_block, prompt_blocks, prefix_blocks, observed_from)
+        for first_block in first_blocks
     )

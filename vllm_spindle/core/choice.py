@@ -1,8 +1,8 @@
-"""From a layer's window queries and keys to the tokens it keeps: scoring, then selection.
+"""From a layer's observed queries and keys to the tokens it keeps: scoring, then selection.
 
 The one entry that the engine, the transformers cache and the tests share, so that they keep the
-same tokens. Shapes: K kv heads, G query heads per kv head, W window queries, T prompt tokens,
-N tokens to keep, D head size.
+same tokens. Shapes: K kv heads, G query heads per kv head, Q observed queries, the window's W last
+among them, T prompt tokens, N tokens to keep, D head size.
 """
 
 from dataclasses import dataclass
@@ -12,28 +12,33 @@ from torch import Tensor
 from vllm_spindle.core.eviction import GqaName, rank_tokens
 from vllm_spindle.core.modality import VisualCap, cap_visual, max_visual_tokens
 from vllm_spindle.core.scoring import (
+    MIN_DISTANCE,
     ScoreName,
+    in_turns,
     paper_importance,
     pooled_importance,
     random_importance,
+    received_attention,
     window_attention,
 )
 
 
 @dataclass(frozen=True, slots=True)
 class ChoiceRule:
-    """How a layer chooses. ``seed`` serves only the random baseline."""
+    """How a layer chooses. ``seed`` serves only the random baseline, ``window`` counts tokens."""
 
     score: ScoreName
     pool_kernel: int
     gqa: GqaName
     seed: int = 0
+    window: int = 32
 
 
 def choose_kept(
     rule: ChoiceRule,
     queries: Tensor,
     keys: Tensor,
+    positions: Tensor,
     *,
     scale: float,
     num_context: int,
@@ -46,6 +51,7 @@ def choose_kept(
         rule,
         queries,
         keys,
+        positions,
         scale=scale,
         num_context=num_context,
         num_kept=num_kept,
@@ -59,6 +65,7 @@ def rank_context(
     rule: ChoiceRule,
     queries: Tensor,
     keys: Tensor,
+    positions: Tensor,
     *,
     scale: float,
     num_context: int,
@@ -70,8 +77,10 @@ def rank_context(
 
     Args:
         rule: scoring and GQA rule.
-        queries: rotated queries of the last W prompt tokens. [K, G, W, D].
+        queries: rotated queries of the observed tokens. [K, G, Q, D].
         keys: rotated keys of the whole prompt. [K, T, D].
+        positions: of the observed tokens, ascending, the window last (``core/observers.py``).
+            [Q], int64.
         scale: softmax scale.
         num_context: tokens that may be evicted lie below this position.
         num_kept: context tokens to keep; per query head with ``unfold``.
@@ -81,20 +90,36 @@ def rank_context(
     Returns:
         int64: [K, N], with ``unfold`` [K, G, N].
     """
-    if rule.score == "random":
-        num_kv_heads, group = queries.shape[:2]
-        scores = random_importance(
-            num_kv_heads, group, num_context, seed=rule.seed, device=queries.device
-        )
-    else:
-        attention = window_attention(queries, keys, scale)
-        if rule.score == "paper":
-            scores = paper_importance(attention, num_context)
-        else:
-            scores = pooled_importance(attention, num_context, pool_kernel=rule.pool_kernel)
+    scores = _importance(rule, queries, keys, positions, scale, num_context)
     return num_protected + _rank(
         scores[..., num_protected:], num_kept, rule.gqa, visual, num_protected
     )
+
+
+def _importance(
+    rule: ChoiceRule,
+    queries: Tensor,
+    keys: Tensor,
+    positions: Tensor,
+    scale: float,
+    num_context: int,
+) -> Tensor:
+    """Scores of the context per query head. [K, G, C], float32."""
+    if rule.score == "random":
+        num_kv_heads, group = queries.shape[:2]
+        return random_importance(
+            num_kv_heads, group, num_context, seed=rule.seed, device=queries.device
+        )
+    attention = window_attention(queries[:, :, -rule.window :], keys, scale)
+    if rule.score == "paper":
+        return paper_importance(attention, num_context)
+    asked = pooled_importance(attention, num_context, pool_kernel=rule.pool_kernel)
+    if rule.score == "pooled":
+        return asked
+    received = received_attention(
+        queries, keys, scale, positions=positions, min_distance=MIN_DISTANCE, reduction="max"
+    )
+    return in_turns(asked, pooled_importance(received, num_context, pool_kernel=rule.pool_kernel))
 
 
 def _rank(

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ScoreName = Literal["pooled", "paper", "random"]
+ScoreName = Literal["received", "pooled", "paper", "random"]
 
-QUERIES_AT_ONCE = 256  # rows of the attention matrix that are there at a time
+MOST_AT_ONCE = 1 << 24  # elements of the attention matrix that are there at a time
+MIN_DISTANCE = 16  # tokens; what a token's own sentence looks at says little about later use
 
 
 def window_attention(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
@@ -90,8 +91,7 @@ def received_attention(
     keys: Tensor,
     scale: float,
     *,
-    first_position: int,
-    stride: int = 1,
+    positions: Tensor,
     min_distance: int = 0,
     weights: Tensor | None = None,
     reduction: Literal["sum", "max"] = "sum",
@@ -102,14 +102,13 @@ def received_attention(
     causal attention never sees a later chunk.
 
     Args:
-        queries: rotated queries of every ``stride``-th token from ``first_position`` on.
-            [K, G, Q, D].
+        queries: rotated. [K, G, Q, D].
         keys: rotated keys of T tokens. [K, T, D].
         scale: softmax scale.
-        first_position: of the first query. At T or later all tokens are in its past.
-        stride: tokens from one query to the next.
+        positions: of the queries, ascending; on the CPU no device is waited for. At T or later all
+            tokens are in their past. [Q].
         min_distance: attention over a shorter distance does not count, though it takes its part of
-            the softmax: what a token's own sentence looks at says little about later use.
+            the softmax.
         weights: of each query; None for 1. [Q].
         reduction: over queries.
 
@@ -121,12 +120,13 @@ def received_attention(
     transposed = keys.float().transpose(1, 2)
     places = torch.arange(num_tokens, device=keys.device)
     received = torch.zeros(num_kv_heads, group, num_tokens, device=keys.device)
-    for start in range(0, num_queries, QUERIES_AT_ONCE):
-        part = queries[:, :, start : start + QUERIES_AT_ONCE]
-        rows = first_position + stride * (start + torch.arange(part.shape[2], device=keys.device))
+    at_once = max(1, MOST_AT_ONCE // (num_kv_heads * group * num_tokens))
+    for start in range(0, num_queries, at_once):
+        part = queries[:, :, start : start + at_once]
+        rows = positions[start : start + at_once]
         # Nobody here sees what comes after the last of them.
-        stop = min(num_tokens, first_position + stride * (start + part.shape[2] - 1) + 1)
-        distance = rows[:, None] - places[:stop]
+        stop = min(num_tokens, int(rows[-1]) + 1)
+        distance = rows.to(keys.device)[:, None] - places[:stop]
         flat = (part.float() * scale).reshape(num_kv_heads, -1, head_size)
         logits = torch.bmm(flat, transposed[..., :stop]).view(*part.shape[:3], stop)
         logits.masked_fill_(distance < 0, float("-inf"))
@@ -134,10 +134,22 @@ def received_attention(
         if min_distance > 0:
             attention.masked_fill_(distance < min_distance, 0)
         if weights is not None:
-            attention *= weights[start : start + QUERIES_AT_ONCE, None]
+            attention *= weights[start : start + at_once, None]
         seen = received[..., :stop]
         if reduction == "sum":
             seen += attention.sum(dim=2)
         else:
             torch.maximum(seen, attention.amax(dim=2), out=seen)
     return received
+
+
+def in_turns(first: Tensor, second: Tensor) -> Tensor:
+    """Scores in whose order two scores take turns to choose, the first one first. [..., C] each."""
+    num_context = first.shape[-1]
+    places = torch.arange(num_context, dtype=torch.float32, device=first.device)
+
+    def ranks(scores: Tensor) -> Tensor:
+        ranked = scores.argsort(dim=-1, descending=True, stable=True)
+        return torch.empty_like(scores).scatter(-1, ranked, places.expand_as(scores))
+
+    return -torch.minimum(2 * ranks(first), 2 * ranks(second) + 1)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,7 +67,6 @@ class Reducer:
         self.num_copies = policy.num_queries_per_kv if config.gqa == "unfold" else 1
         head_size = bands[0][0].kv_cache.shape[-1] // 2
         self.regions = [make_region(policy, band, head_size) for band in range(len(bands))]
-        self._window = config.window
         self._layout: CacheLayout | None = None
         self._plans: dict[str, tuple[BandPlan, ...]] = {}
         self._visual_masks: dict[str, Tensor] = {}
@@ -105,6 +105,7 @@ class Reducer:
             queries=torch.randn(
                 num_kv_heads, self.policy.num_queries_per_kv, block_size, region.head_size
             ).to(layer.kv_cache.device),
+            positions=torch.arange(2 * block_size, 3 * block_size),
             keys=tokens,
             values=tokens,
             prompt_len=3 * block_size,
@@ -187,13 +188,13 @@ class Reducer:
             is_past = computed >= prompt_len
             past.append(request_id if is_past and plans else None)
             if plans and not is_past:
-                first = max(computed, prompt_len - self._window)
-                stop = min(computed + scheduled, prompt_len)
+                observed = self.policy.observed(prompt_len, plans)
+                first, stop = np.searchsorted(observed, (computed, computed + scheduled))
                 if first < stop:
-                    sources.append(torch.arange(stop - first) + (token + first - computed))
-                    counts.append((request_id, stop - first))
-                    if stop == prompt_len:
-                        ends.append(PromptEnd(request_id, prompt_len, plans))
+                    sources.append(torch.from_numpy(observed[first:stop] + (token - computed)))
+                    counts.append((request_id, int(stop - first)))
+                if computed + scheduled >= prompt_len:
+                    ends.append(PromptEnd(request_id, prompt_len, plans))
             token += scheduled
         self._plan_rows(past)
         return Step(
@@ -289,9 +290,11 @@ class Reducer:
         keys, values = self.layout.read(layer.kv_cache, blocks)
         num_kv_heads, _, head_size = keys.shape
         queries = self.stash.read(layer.layer_idx, end.request_id)
+        observed = self.policy.observed(end.prompt_len, end.plans)
         return LayerPrompt(
-            # [W, K * G, D] -> [K, G, W, D]
+            # [Q, K * G, D] -> [K, G, Q, D]
             queries=queries.view(len(queries), num_kv_heads, -1, head_size).permute(1, 2, 0, 3),
+            positions=torch.from_numpy(observed),
             keys=keys,
             values=values,
             prompt_len=end.prompt_len,
@@ -303,7 +306,7 @@ class Reducer:
         config = self.policy.config
         # The random baseline must not drop the same positions in every layer and prompt.
         seed = (config.seed * 1009 + layer_idx) * 65537 + prompt_len
-        return ChoiceRule(config.score, config.pool_kernel, config.gqa, seed)
+        return ChoiceRule(config.score, config.pool_kernel, config.gqa, seed, config.window)
 
 
 def _int32(rows: list[tuple[int, ...]]) -> Tensor:

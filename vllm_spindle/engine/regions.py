@@ -1,6 +1,6 @@
 """What a band's reduced region holds: kept tokens as they are, or codebooks.
 
-Shapes: K kv heads, G query heads per kv head, W window queries, T prompt tokens, C context
+Shapes: K kv heads, G query heads per kv head, Q observed queries, T prompt tokens, C context
 tokens, N tokens kept, D head size.
 """
 
@@ -47,7 +47,8 @@ class LayerPrompt:
     """An ended prompt in one layer.
 
     Attributes:
-        queries: rotated queries of the last W tokens. [K, G, W, D].
+        queries: rotated queries of the observed tokens. [K, G, Q, D].
+        positions: of those, on the CPU. [Q], int64.
         keys: rotated keys of T tokens and the rest of their last block. [K, T.., D].
         values: [K, T.., D].
         prompt_len: T.
@@ -56,6 +57,7 @@ class LayerPrompt:
     """
 
     queries: Tensor
+    positions: Tensor
     keys: Tensor
     values: Tensor
     prompt_len: int
@@ -70,8 +72,8 @@ class LayerPrompt:
         """All positions of the context, the most important first."""
         return rank_context(*self._scored(), **self._counts(scale, context, len(context)))
 
-    def _scored(self) -> tuple[ChoiceRule, Tensor, Tensor]:
-        return self.rule, self.queries, self.keys[:, : self.prompt_len]
+    def _scored(self) -> tuple[ChoiceRule, Tensor, Tensor, Tensor]:
+        return self.rule, self.queries, self.keys[:, : self.prompt_len], self.positions
 
     def _counts(self, scale: float, context: range, num_kept: int) -> dict[str, Any]:
         return {

@@ -58,9 +58,11 @@ def describe(vllm_config: VllmConfig, config: SpindleConfig) -> str:
     """What is on, in one line."""
     policy = policy_for(vllm_config, config)
     bands = " | ".join(f"{band.start}-{band.stop - 1}" for band in policy.bands)
-    score = f"pooled over {config.pool_kernel}" if config.score == "pooled" else config.score
+    score = config.score
+    if score in ("received", "pooled"):
+        score += f" (pooled over {config.pool_kernel})"
     return (
         f"keep_ratio={config.keep_ratio} budget={config.budget} gqa={config.gqa} "
-        f"window={config.window} score={score}, layers in bands {bands}, "
+        f"window={config.window} recent={config.recent} score={score}, layers in bands {bands}, "
         f"prompts under {config.min_prompt_len} tokens kept whole"
     )

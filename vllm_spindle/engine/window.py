@@ -1,14 +1,16 @@
-"""The observation window's queries, kept from the forward pass until the prompt is reduced.
+"""The observed queries, kept from the forward pass until the prompt is reduced.
 
-Queries are activations: after the forward they are gone, and a window may straddle chunks.
+Queries are activations: after the forward they are gone, and those that score a prompt, its window
+and the observers before it (``core/observers.py``), may be spread over many chunks.
 
 A forward of at most ``staged_tokens`` tokens may be a captured CUDA graph, which runs no Python and
 knows the addresses of its capture alone. So ``record`` copies all queries of such a forward, row
 for row, into one persistent buffer, whatever the step asks for; a larger forward is never a graph,
-and ``record`` takes the step's window rows at once. ``settle``, after the forward, hands each
-request its rows. Memory: the staging buffer, and windows of prompts that are not reduced yet.
+and ``record`` takes the step's observed rows at once. ``settle``, after the forward, hands each
+request its rows. Memory: the staging buffer, and the queries of prompts that are not reduced yet.
 
-Shapes: L layers, W window, H query heads, D head size, n window queries of a step.
+Shapes: L layers, Q observed tokens of a prompt, H query heads, D head size, n observed tokens of a
+step.
 """
 
 from collections.abc import Sequence
@@ -22,7 +24,7 @@ from vllm_spindle.engine.step import WindowRows
 
 @dataclass(frozen=True)
 class _Piece:
-    """A request's rows [first, stop) among a step's window queries, [n, H, D] of each layer."""
+    """A request's rows [first, stop) among a step's observed queries, [n, H, D] of each layer."""
 
     layers: Sequence[Tensor]
     first: int
@@ -30,7 +32,7 @@ class _Piece:
 
 
 class WindowStash:
-    """Window queries of the running step, and of every prompt that waits for its end."""
+    """Observed queries of the running step, and of every prompt that waits for its end."""
 
     def __init__(
         self,
@@ -60,7 +62,7 @@ class WindowStash:
         self._pieces: dict[str, list[_Piece]] = {}
 
     def expect(self, rows: WindowRows | None) -> None:
-        """Before the forward: the step's window queries, None if it has none."""
+        """Before the forward: the step's observed queries, None if it has none."""
         self._rows = rows
         self._taken = [None] * len(self._taken)
         if rows is not None:
@@ -97,7 +99,7 @@ class WindowStash:
         return list(self._pieces)
 
     def read(self, layer_idx: int, request_id: str) -> Tensor:
-        """The window's queries of a request, oldest first. [W, H, D]."""
+        """The observed queries of a request, oldest first. [Q, H, D]."""
         pieces = [
             piece.layers[layer_idx][piece.first : piece.stop] for piece in self._pieces[request_id]
         ]

@@ -12,13 +12,35 @@ from typing import Any
 
 import torch
 
-from vllm_spindle.baselines import ABLATIONS, make_method
+from vllm_spindle.baselines import make_method
+from vllm_spindle.baselines.base import PromptLayer
 from vllm_spindle.baselines.profiled import Profile, profile_of
-from vllm_spindle.hf import compress, enable
+from vllm_spindle.hf import enable, read, reduce_read
 from vllm_spindle.hf_layers import QueryCache
 
 PROFILE_FILE = "spindle-profile.json"
 """In a model's folder: how its layers share the bytes, as ``benchmarks/layer_profile.py`` found."""
+
+
+class PromptReader:
+    """Reads prompts, and remembers the newest: many methods are asked about the same ones."""
+
+    def __init__(self, model: Any, num_remembered: int = 0) -> None:
+        """num_remembered: prompts; each takes its keys, values and queries of all layers."""
+        self._model, self._num_remembered = model, num_remembered
+        self._read: dict[tuple[int | bool, ...], list[PromptLayer]] = {}
+
+    def read(self, prompt_ids: Sequence[int], *, twice: bool) -> list[PromptLayer]:
+        """See ``hf.read``."""
+        key = (twice, *prompt_ids)
+        layers = self._read.pop(key, None)
+        if layers is None:
+            ids = torch.tensor([list(prompt_ids)], device=self._model.device)
+            layers = read(self._model, ids, twice=twice)
+        self._read[key] = layers
+        while len(self._read) > self._num_remembered:
+            del self._read[next(iter(self._read))]
+        return layers
 
 
 class Answerer:
@@ -31,7 +53,14 @@ class Answerer:
     """
 
     def __init__(
-        self, model: Any, *, method: str, byte_ratio: float, seed: int = 0, **options: Any
+        self,
+        model: Any,
+        *,
+        method: str,
+        byte_ratio: float,
+        seed: int = 0,
+        reader: "PromptReader | None" = None,
+        **options: Any,
     ) -> None:
         """Pass the model's attention through ours (``hf.enable``).
 
@@ -40,6 +69,7 @@ class Answerer:
             method: key of ``baselines.METHODS`` or ``baselines.ABLATIONS``.
             byte_ratio: share of the prompt's true bytes to keep, (0, 1].
             seed: for methods that draw.
+            reader: of this model; shared, it saves reading a prompt for each method.
             options: the method's own dials. ``profiled`` takes its profile from beside the model
                 unless told another; without a file all layers are alike.
 
@@ -48,7 +78,7 @@ class Answerer:
         """
         if not 0 < byte_ratio <= 1:
             raise ValueError(f"byte_ratio must be in (0, 1], got {byte_ratio}")
-        if method == "profiled" or method in ABLATIONS:
+        if method.startswith("profiled"):
             options = {"profile": _profile_beside(model), **options}
         self.method = make_method(method, seed=seed, **options)
         self._model = model
@@ -56,6 +86,7 @@ class Answerer:
         self.true_bytes = 0
         self.full_bytes = 0
         enable(model)
+        self._reader = reader or PromptReader(model)
 
     @torch.inference_mode()
     def answer(
@@ -84,8 +115,8 @@ class Answerer:
         """
         if len(prompt_ids) < 2 or not all(followups[1:]):
             raise ValueError("needs a prompt of two tokens or more, and no later follow-up empty")
-        ids = torch.tensor([list(prompt_ids)], device=self._model.device)
-        cache = compress(self._model, ids, self.method, self._byte_ratio)
+        layers = self._reader.read(prompt_ids, twice=self.method.reads_twice)
+        cache = reduce_read(self._model, layers, self.method, self._byte_ratio)
         self.true_bytes, self.full_bytes = cache.true_bytes or 0, cache.full_bytes or 0
         answers, unread = [], []
         for followup in followups:

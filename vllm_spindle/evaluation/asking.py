@@ -8,6 +8,7 @@ from vllm_spindle.evaluation.cells import Cell
 from vllm_spindle.evaluation.tasks.dialect import Dialect
 from vllm_spindle.evaluation.tasks.item import Sample
 
+NUM_REMEMBERED = 20  # prompts that a grid's next cell asks about again, by another method
 CHARS_PER_TOKEN = 4  # of English, where there is no tokenizer to ask
 
 
@@ -66,6 +67,8 @@ class Offline:
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils.logging import disable_progress_bar
 
+        from vllm_spindle.evaluation.answers import PromptReader
+
         disable_progress_bar()  # ours is on the screen
         if num_threads:
             torch.set_num_threads(num_threads)
@@ -79,6 +82,7 @@ class Offline:
         self.dialect = dialect_for(self._tokenizer, self._model.config)
         self._stop_ids = _stop_ids(self._model, self._tokenizer, self.dialect.is_exact)
         self._answerers: dict[tuple[str, float, int], Any] = {}
+        self._reader = PromptReader(self._model, NUM_REMEMBERED)
 
     def ask(self, cell: Cell, sample: Sample) -> Reply:
         answerer = self._answerer(cell)
@@ -99,7 +103,11 @@ class Offline:
         if key not in self._answerers:
             self._answerers = {
                 key: Answerer(
-                    self._model, method=cell.method, byte_ratio=cell.budget, seed=cell.seed
+                    self._model,
+                    method=cell.method,
+                    byte_ratio=cell.budget,
+                    seed=cell.seed,
+                    reader=self._reader,
                 )
             }
         return self._answerers[key]

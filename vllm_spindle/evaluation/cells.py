@@ -79,11 +79,16 @@ def grid(
     lengths: Sequence[int],
     seeds: Iterable[int],
 ) -> list[Cell]:
-    """Every combination once; full KV has no budget. Full KV first: it says which tasks count."""
-    kinds = list(product(protocols, tasks, lengths, list(seeds)))
-    columns = [(FULL, 1.0)] if FULL in methods else []
-    columns += [(m, budget) for budget in budgets for m in methods if m != FULL]
-    return [Cell(method, budget, *kind) for method, budget in columns for kind in kinds]
+    """Every combination once; full KV has no budget.
+
+    Full KV first, as it says which tasks count; then kind by kind, so that all methods follow each
+    other on the same prompts, which are read once.
+    """
+    # Seed by seed: a run that is cut short has whole ones.
+    kinds = [kind for seed in seeds for kind in product(protocols, tasks, lengths, [seed])]
+    columns = [(m, budget) for budget in budgets for m in methods if m != FULL]
+    full = [Cell(FULL, 1.0, *kind) for kind in kinds if FULL in methods]
+    return full + [Cell(method, budget, *kind) for kind in kinds for method, budget in columns]
 
 
 def read_lines(path: Path) -> list[Line]:

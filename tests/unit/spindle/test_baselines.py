@@ -249,16 +249,18 @@ def test_spindle_keeps_what_the_core_chooses(layers: list[PromptLayer]) -> None:
     from vllm_spindle.core.choice import ChoiceRule, choose_kept
     from vllm_spindle.policy import SpindlePolicy
 
-    dials = {"window": 8, "min_prompt_len": 0, "num_bands": 2}
+    dials = {"window": 8, "recent": 8, "min_prompt_len": 0, "num_bands": 2}
     policy = SpindlePolicy(SpindleConfig(**dials), NUM_LAYERS, 4, GROUP)
     plans = policy.plan(NUM_TOKENS, 0.5)
     reduced = make_method("spindle", block_size=4, **dials).reduce(layers, 0.5)
     for layer, each in zip(layers, reduced, strict=True):
         plan = plans[policy.band_of_layer(layer.layer_idx)]
+        observed = torch.from_numpy(policy.observed(NUM_TOKENS, [plan]))
         kept = choose_kept(
-            ChoiceRule("pooled", 5, "union"),
-            layer.queries[:, :, -8:],
+            ChoiceRule("received", 5, "union", window=8),
+            layer.queries[:, :, observed],
             layer.keys,
+            observed,
             scale=SCALE,
             num_context=plan.tail_block * 4,
             num_kept=plan.reduced_blocks * 4,

@@ -12,7 +12,7 @@ from vllm_spindle.core.budget import BandPlan, num_blocks, plan_prompt, share_ou
 
 def _plan(prompt_len: int, keep_ratio: Fraction, **changes: object) -> tuple[BandPlan, ...]:
     options = {
-        "window": 32,
+        "recent": 32,
         "block_size": 16,
         "bands": split_layers(8, 4),
         "beta": Fraction(1, 20),
@@ -71,9 +71,9 @@ def test_share_out_is_nearest_by_brute_force(floor: int) -> None:
 
 
 def test_plan_worked_example() -> None:
-    """1000 tokens at a quarter: 62 blocks over 4 bands, 12 for the windows, 50 down the pyramid.
+    """1000 tokens at a quarter: 62 blocks over 4 bands, 12 for recent tokens, 50 down the pyramid.
 
-    P=1000, w=32, bs=16: 63 blocks, tail_block 60, 3 window blocks a band; 0.25 * 1000 * 4 / 16 =
+    P=1000, r=32, bs=16: 63 blocks, tail_block 60, 3 recent blocks a band; 0.25 * 1000 * 4 / 16 =
     62.5. r_c = 50 / 240; the layers fall from 0.3667 to 0.05; the bands' quotas are 20.64,
     15.21, 9.79, 4.36.
     """
@@ -85,7 +85,7 @@ def test_plan_worked_example() -> None:
 
 def test_plan_rounds_no_earlier_than_blocks() -> None:
     """0.29 of 100 one-token blocks is 29: the product of fractions is rounded, once."""
-    (plan,) = _plan(100, Fraction(29, 100), window=1, block_size=1, bands=split_layers(1, 1))
+    (plan,) = _plan(100, Fraction(29, 100), recent=1, block_size=1, bands=split_layers(1, 1))
     assert plan.held_blocks == 29
 
 
@@ -103,8 +103,8 @@ def test_plan_gives_every_band_a_unit_before_the_pyramid() -> None:
     assert min(reduced) == 1
 
 
-def test_plan_keeps_the_window_beyond_the_budget() -> None:
-    """One percent of 1000 tokens is less than the window, which stays, alone."""
+def test_plan_keeps_recent_tokens_beyond_the_budget() -> None:
+    """One percent of 1000 tokens is less than the recent tokens, which stay, alone."""
     plan = _plan(1000, Fraction(1, 100))
     assert {p.reduced_blocks for p in plan} == {0}
     assert {p.held_blocks for p in plan} == {3}
@@ -116,7 +116,7 @@ def test_plan_keeps_the_window_beyond_the_budget() -> None:
     + [(127, Fraction(1, 4), 128)],
 )
 def test_plan_keeps_whole(prompt_len: int, keep_ratio: Fraction, min_prompt_len: int) -> None:
-    """Ratio one, a prompt within the window or below the minimum: nothing is moved or freed."""
+    """Ratio one, recent tokens alone, or below the minimum: nothing is moved or freed."""
     for plan in _plan(prompt_len, keep_ratio, min_prompt_len=min_prompt_len):
         assert not plan.is_reduced
         assert plan.held_blocks == plan.prompt_blocks == num_blocks(prompt_len, 16)

@@ -43,7 +43,7 @@ def few_words(num_prompts: int, num_words: int = 12) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def captured(model: Any) -> CapturedPrompt:
-    return capture(model, few_words(1)[0], 32, 4)
+    return capture(model, few_words(1)[0], PROMPT_LEN, 4)
 
 
 def policy(**options: Any) -> SpindlePolicy:
@@ -91,16 +91,16 @@ def test_attention_equals_the_reference(captured: CapturedPrompt) -> None:
     start = reduced.num_context
     assert reduced.context[0].shape[1] == plan.reduced_blocks * 32 < start
     tail = (layer.keys[:, start:], layer.values[:, start:])
-    found = attend(layer.queries, *reduced.context, *tail, layer.scale)
+    queries = layer.queries[:, :, start - layer.keys.shape[1] :]
+    found = attend(queries, *reduced.context, *tail, layer.scale)
     kept = torch.stack(
         [
             torch.tensor([int((own == key).all(dim=-1).nonzero()[0]) for key in context])
             for own, context in zip(layer.keys, reduced.context[0], strict=True)
         ]
     )
-    num_queries = layer.queries.shape[2]
     expected = attend_reduced(
-        layer.queries.flatten(0, 1).transpose(0, 1),
+        queries.flatten(0, 1).transpose(0, 1),
         layer.keys.transpose(0, 1),
         layer.values.transpose(0, 1),
         kept,
@@ -108,7 +108,7 @@ def test_attention_equals_the_reference(captured: CapturedPrompt) -> None:
         scale=layer.scale,
     )
     found = found.flatten(0, 1).transpose(0, 1)
-    assert num_queries == 32 + len(captured.answer)
+    assert len(found) == PROMPT_LEN - start + len(captured.answer)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -155,7 +155,7 @@ def test_the_papers_route_is_byte_counted(captured: CapturedPrompt) -> None:
         # Eq. 15: entries of the unfolded cache, each with an index and a norm.
         assert found.paper_ratio == pytest.approx(entries / 4 * (1 + 2 / 32))
         if layer_idx == 0:  # twelve keys and twelve values of each kv head
-            assert entries <= 24 / (2 * plan.tail_block * 32)
+            assert entries <= 24 / (2 * plan.tail_block * 32) + 1e-9
 
 
 def calibrate(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:

@@ -129,14 +129,17 @@ def test_a_model_that_cannot_be_planned_is_refused(
 
 
 def test_plan_by_hand(run: Run, model: Callable[..., str]) -> None:
-    """6 layers, a quarter of 1,024 tokens: 24 of 96 blocks, 12 + 8 + 4, and their bytes."""
-    code, out, _ = run("plan", model(), "--keep-ratio", "0.25", "--prompt-len", "1024", "--json")
+    """6 layers, a quarter of 1,024 tokens: 24 of 96 blocks, 8 a band or 12 + 8 + 4; bytes."""
+    argv = ["plan", model(), "--keep-ratio", "0.25", "--prompt-len", "1024", "--json"]
+    uniform = json.loads(run(*argv)[1])
+    assert [band["held_blocks"] for band in uniform["bands"]] == [8, 8, 8]
+    code, out, _ = run(*argv, "--budget", "pyramid")
     report = json.loads(out)
     assert code == 0
     assert [band["held_blocks"] for band in report["bands"]] == [12, 8, 4]
     assert [band["freed_blocks"] for band in report["bands"]] == [20, 24, 28]
     assert [band["region_tokens"] for band in report["bands"]] == [352, 224, 96]
-    assert [band["window_tokens"] for band in report["bands"]] == [32, 32, 32]
+    assert [band["recent_tokens"] for band in report["bands"]] == [32, 32, 32]
     assert [band["last_layer"] for band in report["bands"]] == [1, 3, 5]
     assert report["full_bytes"] == 1024 * 6 * LAYER_TOKEN_BYTES == report["prompt_bytes"]
     assert report["held_bytes"] == report["allocated_bytes"] == 24 * 32 * 2 * LAYER_TOKEN_BYTES
@@ -149,7 +152,7 @@ def test_plan_shows_what_a_protected_prefix_costs(run: Run, model: Callable[...,
     argv = ["plan", model(), "--keep-ratio", "0.25", "--prompt-len", "1500", "--json"]
     report = json.loads(run(*argv, "--protected-prefix-tokens", "1000")[1])
     assert [band["protected_tokens"] for band in report["bands"]] == [992] * 3
-    # 0.25 * 508 tokens * 6 layers in blocks of 2 layers x 32 tokens: 11, the window's 2 each in it.
+    # 0.25 * 508 tokens * 6 layers in blocks of 2 layers x 32 tokens: 11, 1 each recent in it.
     assert sum(band["held_blocks"] - 31 for band in report["bands"]) == 11
     assert sum(band["freed_blocks"] for band in report["bands"]) == 3 * 16 - 11
     assert report["held_bytes"] == (3 * 31 + 11) * 32 * 2 * LAYER_TOKEN_BYTES
@@ -188,6 +191,7 @@ def test_plan_of_codebooks_by_hand(run: Run, model: Callable[..., str]) -> None:
     992 tokens take 31 rows of 32 elements for each array of 16 bits, and 62 for the positions.
     """
     methods = ["--band-methods", "[merge, both, evict]", "--key-share", "0.25"]
+    methods += ["--budget", "pyramid"]
     argv = ["plan", model(), "--keep-ratio", "0.3", "--prompt-len", "1024", *methods]
     bands = json.loads(run(*argv, "--json")[1])["bands"]
     first, second, third = (band["codebook"] for band in bands)
@@ -244,15 +248,15 @@ def test_plan_reads_a_file_and_a_flag_wins(
     [
         (["--prompt-len", "1024"], "keep_ratio is 1.0"),
         (["--prompt-len", "100", "--keep-ratio", "0.5"], "min_prompt_len=128"),
-        (["--prompt-len", "300", "--keep-ratio", "0.02"], "the window alone"),
-        (["--prompt-len", "130", "--keep-ratio", "0.5", "--window", "100"], "the first block"),
+        (["--prompt-len", "300", "--keep-ratio", "0.02"], "recent tokens alone"),
+        (["--prompt-len", "130", "--keep-ratio", "0.5", "--recent", "100"], "the first block"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
 def test_plan_says_why_it_is_not_what_was_asked(
     run: Run, model: Callable[..., str], options: list[str], note: str
 ) -> None:
-    """Off, too short, or nothing but the window: a note says which."""
+    """Off, too short, or nothing but recent tokens: a note says which."""
     report = json.loads(run("plan", model(), *options, "--json")[1])
     assert [text for text in report["notes"] if note in text]
 
@@ -261,7 +265,7 @@ def test_plan_prints_a_table(run: Run, model: Callable[..., str]) -> None:
     """Without --json: a row per band, the total, and the true ratio beside the asked one."""
     code, out, _ = run("plan", model(), "--keep-ratio", "0.25", "--prompt-len", "1500")
     assert code == 0
-    assert all(text in out for text in ("0-1", "2-3", "4-5", "480 + 60", "2,256", "0.249"))
+    assert all(text in out for text in ("0-1", "2-3", "4-5", "320 + 28", "2,256", "0.249"))
 
 
 def test_float32_weights_are_planned_as_vllm_serves_them(

@@ -19,7 +19,7 @@ from vllm_spindle.hf import SpindleCache, compress, enable
 from vllm_spindle.policy import SpindlePolicy
 
 BLOCK = 8
-OPTIONS = SpindleConfig(keep_ratio=0.5, window=16, min_prompt_len=0)
+OPTIONS = SpindleConfig(keep_ratio=0.5, window=16, observers=24, min_prompt_len=0, budget="pyramid")
 LENGTH = 100
 
 
@@ -100,10 +100,13 @@ def test_decode_attends_to_what_the_core_keeps(
     for layer_idx, plan in enumerate(policy.plan(LENGTH)):
         queries, keys, values, outputs = seen.layer(layer_idx, 2)
         copies = 2 if gqa == "unfold" else 1
+        observed = torch.from_numpy(policy.observed(LENGTH, [plan]))
+        assert len(observed) == 24 + 16
         kept = choose_kept(
-            ChoiceRule("pooled", 5, gqa),
-            queries[LENGTH - 16 : LENGTH].view(16, 2, 2, 32).permute(1, 2, 0, 3),
+            ChoiceRule("received", 5, gqa, window=16),
+            queries[observed].view(-1, 2, 2, 32).permute(1, 2, 0, 3),
             keys[:LENGTH].transpose(0, 1),
+            observed,
             scale=32**-0.5,
             num_context=plan.tail_block * BLOCK,
             num_kept=plan.reduced_blocks * BLOCK // copies,

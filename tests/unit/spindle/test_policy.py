@@ -23,24 +23,26 @@ def _policy(num_layers: int = 32, block_size: int = 16, **options: object) -> Sp
 @pytest.mark.parametrize("percent", range(1, 101))
 def test_a_percent_of_a_hundred_tokens_is_that_many(percent: int) -> None:
     """0.29 of 100 tokens is 29, not the 28 of binary floats; so for every percent."""
-    policy = _policy(num_layers=1, block_size=1, window=1, min_prompt_len=0)
+    policy = _policy(num_layers=1, block_size=1, recent=1, min_prompt_len=0)
     (plan,) = policy.plan(100, percent / 100)
     assert plan.held_blocks == percent
 
 
 def test_the_plan_is_the_cores_with_the_configured_dials() -> None:
     """Every dial that bears on counts reaches plan_prompt."""
-    options = {"window": 48, "beta": 0.2, "budget": "uniform", "min_prompt_len": 200}
+    options = {"recent": 48, "beta": 0.2, "budget": "pyramid", "min_prompt_len": 200}
     policy = _policy(keep_ratio=0.3, num_bands=8, **options)
     for prompt_len in (150, 250, 999):
         expected = plan_prompt(
             prompt_len,
             keep_ratio=Fraction(3, 10),
-            window=48,
+            recent=48,
+            window=32,
+            observers=256,
             block_size=16,
             bands=split_layers(32, 8),
             beta=Fraction(1, 5),
-            shape="uniform",
+            shape="pyramid",
             min_prompt_len=200,
         )
         assert policy.plan(prompt_len) == expected
@@ -48,8 +50,8 @@ def test_the_plan_is_the_cores_with_the_configured_dials() -> None:
 
 def test_beta_shapes_the_pyramid() -> None:
     """A higher floor leaves the deepest band more of the same total."""
-    steep = _policy(keep_ratio=0.3, beta=0.0).plan(4000)
-    shallow = _policy(keep_ratio=0.3, beta=0.25).plan(4000)
+    steep = _policy(keep_ratio=0.3, budget="pyramid", beta=0.0).plan(4000)
+    shallow = _policy(keep_ratio=0.3, budget="pyramid", beta=0.25).plan(4000)
     assert steep[-1].held_blocks < shallow[-1].held_blocks
     assert sum(p.held_blocks for p in steep) == sum(p.held_blocks for p in shallow)
 
@@ -105,7 +107,7 @@ def test_a_policy_survives_the_process_boundary() -> None:
 
 def test_policies_that_differ_do_not_share_plans() -> None:
     """The cache of plans keeps two configurations apart."""
-    first, second = _policy(keep_ratio=0.3, window=16), _policy(keep_ratio=0.3, window=64)
+    first, second = _policy(keep_ratio=0.3, recent=16), _policy(keep_ratio=0.3, recent=64)
     assert first != second
     assert first.plan(500)[0].tail_block == (500 - 16) // 16
     assert second.plan(500)[0].tail_block == (500 - 64) // 16

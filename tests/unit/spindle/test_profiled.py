@@ -49,7 +49,12 @@ def test_scores_are_the_most_that_was_received_from_afar(layers: list[PromptLaye
         layers, Profiled(window_turns=False, **DIALS).reduce(layers, 0.5), strict=True
     ):
         received = received_attention(
-            layer.queries, layer.keys, 0.4, first_position=0, min_distance=16, reduction="max"
+            layer.queries,
+            layer.keys,
+            0.4,
+            positions=torch.arange(NUM_TOKENS),
+            min_distance=16,
+            reduction="max",
         )
         context = received[..., :CONTEXT].amax(dim=1)
         pooled = torch.stack(
@@ -101,7 +106,9 @@ def test_strides_leave_the_window_whole(layers: list[PromptLayer]) -> None:
     queries, first = layers[0].queries, NUM_TOKENS - 16
     expected = torch.zeros(KV_HEADS, GROUP, NUM_TOKENS)
     for t in [*range(0, first, 5), *range(first, NUM_TOKENS)]:
-        row = received_attention(queries[:, :, t : t + 1], layers[0].keys, 0.4, first_position=t)
+        row = received_attention(
+            queries[:, :, t : t + 1], layers[0].keys, 0.4, positions=torch.tensor([t])
+        )
         expected = torch.maximum(expected, row)
     torch.testing.assert_close(found, expected[..., :CONTEXT])
 

@@ -10,6 +10,7 @@ from torch import Tensor
 import oracles
 from vllm_spindle.core import scoring
 from vllm_spindle.core.scoring import (
+    in_turns,
     paper_importance,
     pooled_importance,
     random_importance,
@@ -85,7 +86,7 @@ def test_received_attention_equals_the_loop(
     monkeypatch: pytest.MonkeyPatch, reduction: Any, stride: int, min_distance: int
 ) -> None:
     """A softmax per query; what is too near takes its part of it and does not count."""
-    monkeypatch.setattr(scoring, "QUERIES_AT_ONCE", 3)
+    monkeypatch.setattr(scoring, "MOST_AT_ONCE", 3 * 2 * 3 * 9)
     queries, keys = 2 * _random(2, 3, 9, 6), _random(2, 9, 6, seed=1)
     expected = torch.zeros(2, 3, 9)
     for k, g, b in itertools.product(range(2), range(3), range(1, 9, stride)):
@@ -97,8 +98,7 @@ def test_received_attention_equals_the_loop(
         queries[:, :, 1::stride],
         keys,
         0.4,
-        first_position=1,
-        stride=stride,
+        positions=torch.arange(1, 9, stride),
         min_distance=min_distance,
         reduction=reduction,
     )
@@ -110,11 +110,15 @@ def test_received_attention_comes_in_chunks(reduction: Any) -> None:
     """Chunks over the keys so far give what the whole gives."""
     queries, keys = _random(2, 2, 11, 6), _random(2, 11, 6, seed=1)
     dials = {"min_distance": 2, "reduction": reduction}
-    whole = received_attention(queries, keys, 0.4, first_position=0, **dials)
+    whole = received_attention(queries, keys, 0.4, positions=torch.arange(11), **dials)
     joined = torch.zeros(2, 2, 11)
     for first, stop in ((0, 4), (4, 5), (5, 11)):
         part = received_attention(
-            queries[:, :, first:stop], keys[:, :stop], 0.4, first_position=first, **dials
+            queries[:, :, first:stop],
+            keys[:, :stop],
+            0.4,
+            positions=torch.arange(first, stop),
+            **dials,
         )
         part = torch.nn.functional.pad(part, (0, 11 - stop))
         joined = joined + part if reduction == "sum" else torch.maximum(joined, part)
@@ -126,7 +130,7 @@ def test_received_attention_weighs_queries_and_looks_back_on_everything() -> Non
     queries, keys = _random(1, 1, 2, 4), _random(1, 5, 4, seed=1)
     rows = torch.softmax(queries[0, 0] @ keys[0].T * 0.5, dim=-1)
     found = received_attention(
-        queries, keys, 0.5, first_position=5, weights=torch.tensor([2.0, 0.5])
+        queries, keys, 0.5, positions=torch.arange(5, 7), weights=torch.tensor([2.0, 0.5])
     )
     torch.testing.assert_close(found[0, 0], 2 * rows[0] + 0.5 * rows[1])
 
@@ -153,3 +157,12 @@ def test_random_importance_depends_on_the_seed_alone() -> None:
     assert not torch.equal(first, random_importance(2, 3, 50, seed=2, device="cpu"))
     assert first.shape == (2, 3, 50)
     assert not torch.equal(first[0, 0], first[0, 1])
+
+
+def test_two_scores_take_turns() -> None:
+    """The first one's best, the second one's best, and so on; who is in already is passed over."""
+    first = torch.tensor([9.0, 8, 7, 6, 0, 0, 0, 0])
+    second = torch.tensor([0.0, 9, 0, 0, 8, 7, 6, 0])
+    order = in_turns(first, second).argsort(descending=True).tolist()
+    # Turns: 0 | 1 | 1 again | 4 | 2 | 5 | 3 | 6, and 7, which nobody wants, last.
+    assert order == [0, 1, 4, 2, 5, 3, 6, 7]

@@ -1,0 +1,270 @@
+"""What can be known of the CUDA path without a GPU: classes, refusals, and where tensors are.
+
+The platform is made to answer as CUDA's. Kernels, graphs and steps: ``test_triton_backend.py``,
+``test_runner_v2.py``. Tensors here are on torch's device "meta": they cannot be mixed with the
+CPU's nor looked at, so that neither a forgotten copy nor a wait for the device goes unnoticed.
+"""
+
+from typing import Any
+
+import pytest
+
+from engine_child import in_child
+
+pytestmark = pytest.mark.engine
+
+ON = {"keep_ratio": 0.25}
+
+# name: (object of the configuration, attribute, value; spindle's options; the message)
+REFUSED: dict[str, tuple[tuple[str, str, Any] | None, dict[str, Any], list[str]]] = {
+    "runner v1": (
+        ("", "use_v2_model_runner", False),
+        ON,
+        ["VLLM_USE_V2_MODEL_RUNNER=0", "model runner V2", "remove it"],
+    ),
+    "unfold": (None, ON | {"gqa": "unfold"}, ["gqa=unfold", "on the CPU alone", "union or mean"]),
+    "backend": (
+        ("attention_config", "backend", "FLASHINFER"),
+        ON,
+        ["--attention-backend=FLASHINFER", "FLASH_ATTN or TRITON_ATTN"],
+    ),
+    "worker class": (
+        ("parallel_config", "worker_cls", "my.Worker"),
+        ON,
+        ["--worker-cls=my.Worker", "its own worker"],
+    ),
+}
+
+
+def configure(model: str) -> dict[str, Any]:
+    """What start-up makes of a configuration on a CUDA platform, or says."""
+    import logging
+    from contextlib import ExitStack
+    from types import SimpleNamespace
+    from unittest.mock import PropertyMock, patch
+
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.models import registry
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from vllm_spindle.config import SpindleConfig
+    from vllm_spindle.engine import layers, platforms, refusals, startup
+    from vllm_spindle.engine.memory import reserved_bytes
+
+    registry._run_in_subprocess = lambda inspect: inspect()
+    lines: list[list[str]] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append([record.levelname, record.getMessage()])
+
+    def platform(name: str) -> Any:
+        answers = {"is_cpu": lambda: name == "cpu", "is_cuda": lambda: name == "cuda"}
+        pretended = SimpleNamespace(device_name=name, **answers)
+        stack = ExitStack()
+        for module in (platforms, refusals):
+            stack.enter_context(patch.object(module, "current_platform", pretended))
+        return stack
+
+    def made(**flags: Any) -> Any:
+        config = EngineArgs(
+            model, skip_tokenizer_init=True, block_size=32, **flags
+        ).create_engine_config()
+        config.parallel_config.worker_cls = platforms.CUDA.stock_worker
+        return config
+
+    config, half = made(), made(dtype="float16")
+    logging.getLogger("vllm.spindle").addHandler(handler)  # vLLM has set up its logging by now
+    v2 = patch.object(type(config), "use_v2_model_runner", PropertyMock(return_value=True))
+    found: dict[str, Any] = {}
+    with platform("rocm"):
+        found["rocm"] = [str(r) for r in refusals.config_refusals(config, SpindleConfig(**ON))]
+    with platform("cuda"), v2:
+        for name, (change, options, _) in REFUSED.items():
+            owner, attribute, value = change or ("parallel_config", "world_size", 1)
+            owner = type(getattr(config, owner) if owner else config)
+            value = AttentionBackendEnum[value] if attribute == "backend" else value
+            with patch.object(owner, attribute, PropertyMock(return_value=value), create=True):
+                said = refusals.config_refusals(config, SpindleConfig(**options))
+            found[name] = [str(each) for each in said]
+        found["good"] = [str(r) for r in refusals.config_refusals(config, SpindleConfig(**ON))]
+        both = SpindleConfig(**ON, method="both")
+        found["float16 codebooks"] = [str(r) for r in refusals.config_refusals(half, both)]
+        config.additional_config["spindle"] = dict(ON)
+        found["prepared"] = startup.prepare(config)
+        found["worker"] = config.parallel_config.worker_cls
+        found["reserved"] = reserved_bytes(config)
+    found["lines"] = lines
+    return {**found, **_classes(config, layers, platform)}
+
+
+def _classes(config: Any, layers: Any, platform: Any) -> dict[str, Any]:
+    from importlib import import_module
+
+    from vllm.config import set_current_vllm_config
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+    from vllm.v1.attention.backends.flex_attention import FlexAttentionBackend
+    from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
+
+    from vllm_spindle.engine.platforms import CUDA
+
+    found: dict[str, Any] = {}
+    with platform("cuda"), set_current_vllm_config(config):
+        for stock in (FlashAttentionBackend, TritonAttentionBackend):
+            ours = layers.spindle_backend(stock)
+            pairs = (
+                (ours, stock),
+                (ours.get_impl_cls(), stock.get_impl_cls()),
+                (ours.get_builder_cls(), stock.get_builder_cls()),
+            )
+            assert all(issubclass(mine, theirs) and mine is not theirs for mine, theirs in pairs)
+            found[ours.get_name()] = ours.__name__
+        try:
+            layers.spindle_backend(FlexAttentionBackend)
+        except ValueError as error:
+            found["chosen by vLLM"] = str(error)
+    module, _, name = CUDA.worker.rpartition(".")
+    worker = getattr(import_module(module), name)
+    module, _, name = CUDA.stock_worker.rpartition(".")
+    found["is subclass"] = issubclass(worker, getattr(import_module(module), name))
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(llama: str) -> dict[str, Any]:
+    return in_child(configure, model=llama)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cuda_cannot_serve_is_refused(found: dict[str, Any], case: str) -> None:
+    """One line by name, with the way out."""
+    (message,) = found[case]
+    place = 0
+    for part in ["spindle does not support", *REFUSED[case][-1]]:
+        assert part in message[place:], message
+        place = message.index(part, place)
+
+
+def test_cuda_starts_our_worker_and_says_what_was_not_seen(found: dict[str, Any]) -> None:
+    """Nothing is refused; one warning."""
+    assert found["good"] == found["float16 codebooks"] == []
+    assert found["prepared"] and found["is subclass"]
+    assert found["worker"] == "vllm_spindle.processes.worker_cuda.SpindleGPUWorker"
+    (warning,) = [text for level, text in found["lines"] if level == "WARNING"]
+    assert "not yet run on a GPU by us" in warning
+
+
+def test_the_backend_asked_for_is_the_one_we_derive_from(found: dict[str, Any]) -> None:
+    """Its name stays; another that vLLM might choose by itself is refused by name."""
+    assert found["FLASH_ATTN"] == "SpindleFlashAttentionBackend"
+    assert found["TRITON_ATTN"] == "SpindleTritonAttentionBackend"
+    assert "--attention-backend=FLEX_ATTENTION" in found["chosen by vLLM"]
+
+
+def test_other_platforms_are_refused(found: dict[str, Any]) -> None:
+    """By name."""
+    (message,) = found["rocm"]
+    assert "platform=rocm" in message and "CPU and CUDA" in message
+
+
+def test_memory_is_set_aside(found: dict[str, Any]) -> None:
+    """For the tiny model some megabytes; not nothing, not gigabytes."""
+    assert 1 << 20 < found["reserved"] < 1 << 30
+
+
+def on_device() -> dict[str, Any]:
+    """Devices of what a step hands out, and what mixing devices or looking at one would say."""
+    import torch
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    from vllm_spindle.engine.region_rows import RegionRows
+    from vllm_spindle.engine.shifted_table import ShiftedTable
+    from vllm_spindle.engine.step import BandRows, CodebookRows, WindowRows
+    from vllm_spindle.engine.window import WindowStash
+
+    torch.Tensor.pin_memory = lambda self: self  # needs a GPU
+    there: Any = {"device": "meta"}
+    found: dict[str, Any] = {}
+    for mistake in ("mixed", "looked at"):
+        x = torch.zeros(4, **there)
+        try:
+            x + torch.zeros(4) if mistake == "mixed" else int(x.sum())
+        except RuntimeError as error:
+            found[mistake] = str(error)
+    common = CommonAttentionMetadata(
+        query_start_loc=torch.zeros(4, dtype=torch.int32, **there),
+        query_start_loc_cpu=torch.arange(4, dtype=torch.int32),
+        seq_lens=torch.zeros(3, dtype=torch.int32, **there),
+        num_reqs=3,
+        num_actual_tokens=3,
+        max_query_len=1,
+        max_seq_len=64,
+        block_table_tensor=torch.zeros(3, 8, dtype=torch.int32, **there),
+        slot_mapping=torch.zeros(3, dtype=torch.int64, **there),
+    )
+    shifted = ShiftedTable(0, 16, 4).shift(common, BandRows(*torch.tensor([[0, 1, 2, 4]] * 2).T))
+    found["shifted"] = [shifted.block_table_tensor.device.type, shifted.seq_lens.device.type]
+    found["shapes"] = [list(shifted.block_table_tensor.shape), list(shifted.seq_lens.shape)]
+    codebooks = CodebookRows(
+        rows=torch.tensor([1]),
+        starts=torch.tensor([[1, 4]], dtype=torch.int32),
+        prefix_blocks=torch.tensor([0], dtype=torch.int32),
+        shapes=torch.tensor([[3, 4, 9]], dtype=torch.int32),
+    )
+    regions = RegionRows(16, 4, torch.device("meta"))
+    for given in (regions.rows(common, None), regions.rows(common, codebooks)):
+        found["regions"] = [
+            getattr(given, name).device.type
+            for name in ("block_table", "starts", "shapes", "tail_lens", "prefix_blocks")
+        ]
+    for num_tokens in (4, 40):
+        stash = WindowStash(2, 4, 8, torch.bfloat16, "meta", staged_tokens=8)
+        stash.expect(WindowRows(torch.tensor([0, 2, 3]), (("a", 1), ("b", 2))))
+        for layer_idx in range(2):
+            stash.record(layer_idx, torch.zeros(num_tokens, 4, 8, dtype=torch.bfloat16, **there))
+        stash.settle()
+        read = stash.read(1, "b")
+        found[f"stash {num_tokens}"] = [read.device.type, list(read.shape)]
+    return found | _reduced(there)
+
+
+def _reduced(there: dict[str, Any]) -> dict[str, Any]:
+    """A layer's reduction by eviction: what the cache write is given."""
+    import torch
+
+    from vllm_spindle.config import SpindleConfig
+    from vllm_spindle.core.budget import BandPlan
+    from vllm_spindle.core.choice import ChoiceRule
+    from vllm_spindle.engine.cache_layout import CacheLayout
+    from vllm_spindle.engine.regions import DenseRegion, LayerPrompt, ReducedLayer
+    from vllm_spindle.policy import SpindlePolicy
+
+    layout = CacheLayout.of(*torch.arange(2 * 16 * 8).view(16, 2, 8).unbind(1))
+    cache = torch.zeros(9, 2, 16, 16, dtype=torch.bfloat16, **there)
+    keys, values = layout.read(cache, torch.zeros(5, dtype=torch.int64, **there))
+    written: list[Any] = []
+    layer = ReducedLayer(0, cache, 0.3, lambda *tensors: written.extend(tensors))
+    for gqa in ("union", "mean"):
+        config = SpindleConfig(keep_ratio=0.5, window=8, gqa=gqa)
+        prompt = LayerPrompt(
+            queries=torch.zeros(2, 3, 8, 8, **there),
+            keys=keys,
+            values=values,
+            positions=torch.arange(67, 75),
+            prompt_len=75,
+            rule=ChoiceRule(config.score, config.pool_kernel, gqa, window=8),
+        )
+        plan = BandPlan(first_block=2, tail_block=4, prompt_blocks=5)
+        region = torch.zeros(2, dtype=torch.int64, **there)
+        DenseRegion(SpindlePolicy(config, 6, 16, 3)).fill(layer, prompt, plan, region)
+    return {"written": [[each.device.type, list(each.shape)] for each in written]}
+
+
+def test_a_step_stays_on_the_device() -> None:
+    """Tables, rows, queries, and a reduction by eviction: nothing is mixed or looked at."""
+    found = in_child(on_device)
+    assert "mixed" in found and "looked at" in found
+    assert found["shifted"] == ["meta"] * 2
+    assert found["shapes"] == [[3, 8], [3]]
+    assert found["regions"] == ["meta"] * 5
+    assert found["stash 4"] == found["stash 40"] == ["meta", [2, 4, 8]]
+    kept = [["meta", [32, 2, 8]], ["meta", [32, 2, 8]], ["meta", [9, 2, 16, 16]], ["meta", [32]]]
+    assert found["written"] == kept * 2

@@ -64,6 +64,11 @@ class StepRecorder:
         scheduler.schedule = self._schedule
         scheduler.update_from_output = self._update
 
+    def detach(self) -> None:
+        """Watch no more."""
+        self._scheduler.schedule = self._stock_schedule
+        self._scheduler.update_from_output = self._stock_update
+
     def _schedule(self, *args: Any, **kwargs: Any) -> Any:
         output = self._stock_schedule(*args, **kwargs)
         result, pool = self._result, self._scheduler.kv_cache_manager.block_pool

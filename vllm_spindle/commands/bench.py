@@ -2,10 +2,11 @@
 
 import argparse
 
-from vllm_spindle.commands import bench_capacity, bench_kernel
+from vllm_spindle.commands import bench_capacity, bench_gpu, bench_kernel
 
 KINDS = {
     "capacity": (bench_capacity, "requests running in the same KV memory, stock against plugin"),
+    "gpu": (bench_gpu, "an 8B model's shape with graphs on, stock against plugin, by context"),
     "kernel": (bench_kernel, "decode attention over a codebook band against vLLM's own kernel"),
 }
 

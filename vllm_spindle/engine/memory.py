@@ -3,6 +3,7 @@
 from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
 
+from vllm_spindle.core.scoring import QUERIES_AT_ONCE
 from vllm_spindle.engine.graphs import most_captured_tokens
 from vllm_spindle.engine.options import policy_for, switched_on
 
@@ -24,13 +25,14 @@ def reserved_bytes(vllm_config: VllmConfig) -> int:
     query_bytes = policy.num_layers * num_heads * head_size * element_bytes
     staged = most_captured_tokens(vllm_config.compilation_config) * query_bytes
     # Prompts that end in one step or wait for their reduction; more than a few are rare.
-    windows = 16 * config.window * query_bytes
+    num_observed = config.window + config.num_observers
+    windows = 16 * num_observed * query_bytes
     # int32, and the columns that it is gathered from, int64.
     columns = cdiv(most_tokens, policy.block_size)
     rows = vllm_config.scheduler_config.max_num_seqs
     tables = len(policy.bands) * rows * columns * (4 + 8)
     # Keys as read, in float32 and transposed; values; logits and their softmax.
     prompt = most_tokens * num_kv_heads * head_size * (3 * element_bytes + 2 * FLOAT)
-    logits = 2 * FLOAT * num_heads * config.window * most_tokens
+    logits = 3 * FLOAT * num_heads * min(num_observed, QUERIES_AT_ONCE) * most_tokens
     splits = MAX_SPLIT_BYTES if config.merges else 0
     return staged + windows + tables + prompt + logits + splits

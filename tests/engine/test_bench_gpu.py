@@ -1,0 +1,63 @@
+"""``vllm-spindle bench gpu`` in small on the CPU: that it runs and counts, not what it times."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine_child import ENVIRONMENT
+
+pytestmark = pytest.mark.engine
+
+CLI = "import sys; from vllm_spindle.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+def _bench(*options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", CLI, "bench", "gpu", "--tiny", *options],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **ENVIRONMENT, "COLUMNS": "120"},
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    path: Path = tmp_path_factory.mktemp("bench") / "gpu.json"
+    done = _bench("--sides", "stock,evict", "--json", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "requests running in the same memory" in done.stdout
+    return json.loads(path.read_text())
+
+
+def test_the_same_pool_holds_more(report: dict[str, Any]) -> None:
+    """Both sides have the stated bytes; the plugin has three bands of blocks, and runs more."""
+    stock, evict = (report["results"][side] for side in ("stock", "evict"))
+    assert report["settings"]["kv_cache_bytes"] == 4 << 20
+    assert evict["num_groups"] == 3 * stock["num_groups"]
+    assert report["ratios"]["256"]["evict"]["capacity"] > 1.5
+    bound = evict["contexts"]["256"]["bound"]
+    assert bound["reductions"] >= bound["requests"]
+
+
+def test_every_figure_is_there(report: dict[str, Any]) -> None:
+    """Steps were decode steps, the profiler found the attention, and the kernel is right."""
+    for side in report["results"].values():
+        (context,) = side["contexts"].values()
+        assert context["ample"]["decode_steps"] >= 10
+        assert context["attention"]["seconds_per_step"] > 0
+    assert all(ratio is not None for ratio in report["ratios"]["256"]["evict"].values())
+    (kernel,) = report["kernels"]
+    assert kernel["codebook_error"] < 2e-2 and "full_seconds" not in kernel
+
+
+def test_an_unknown_side_is_refused() -> None:
+    """By name, with what there is."""
+    done = _bench("--sides", "stock,half")
+    assert done.returncode == 2
+    assert "'half' is none of stock, off, evict, whole" in done.stderr

@@ -1,0 +1,224 @@
+"""``bench gpu``: capacity, decode steps, throughput and kernels, stock against plugin.
+
+Every side is a fresh process with the same flags, the same model of dummy weights and a KV pool of
+the same stated size; it serves all contexts. The sides: ``stock``; ``off``, spindle at keep_ratio
+1.0; ``evict``, at the ratio; ``whole``, the same server asked by every request to keep all. It runs
+on whatever vLLM runs on: on a CPU its figures say nothing but that it works.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vllm_spindle.bench.gpu_shapes import SHAPES, ModelShape
+from vllm_spindle.bench.provenance import provenance
+from vllm_spindle.config import KEEP_RATIO_KEY
+
+SIDES = ("stock", "off", "evict", "whole")
+MARGIN_TOKENS = 64  # of the longest sequence, beside prompt and output
+MOST_AMPLE = 16
+
+
+@dataclass(frozen=True)
+class GpuOptions:
+    """What to run.
+
+    Attributes:
+        shape: of ``SHAPES``.
+        contexts: prompt tokens of every request, one measurement each.
+        kv_cache_bytes: the pool of every side.
+        keep_ratio: of ``evict``, and of the codebooks in ``kernels``.
+        sides: of ``SIDES``, stock among them.
+        output_len: tokens of an answer; ``bound_output_len`` where memory is short.
+        bound_factor: requests there, over what stock can hold.
+        engine: further arguments of ``LLM``, the same for every side.
+        kernel_batches: rows of a decode step of one layer; empty to leave kernels out.
+    """
+
+    shape: str
+    contexts: tuple[int, ...]
+    kv_cache_bytes: int
+    keep_ratio: float = 0.25
+    sides: tuple[str, ...] = SIDES
+    output_len: int = 64
+    bound_output_len: int = 512
+    bound_factor: float = 6.0
+    block_size: int = 16
+    repeats: int = 3
+    seed: int = 0
+    engine: dict[str, Any] = field(default_factory=dict)
+    kernel_batches: tuple[int, ...] = (1, 8)
+
+    @property
+    def model(self) -> ModelShape:
+        """The shape itself."""
+        return SHAPES[self.shape]
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self.contexts) + max(self.output_len, self.bound_output_len) + MARGIN_TOKENS
+
+    def stock_capacity(self, context: int, output_len: int) -> int:
+        """Requests that the pool holds whole."""
+        pool_tokens = self.kv_cache_bytes // self.model.kv_bytes_per_token
+        return max(1, pool_tokens // (context + output_len + self.block_size))
+
+
+def run_gpu(options: GpuOptions, on_progress: Callable[[str], None]) -> dict[str, Any]:
+    """Run every side, then the kernels.
+
+    Returns:
+        A JSON-ready report: settings, provenance, results by side and context, ratios to stock.
+
+    Raises:
+        RuntimeError: if a child fails, with the end of its log.
+    """
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        options.model.write(Path(folder), options.max_model_len)
+        for side in options.sides:
+            on_progress(side)
+            results[side] = _child("gpu_run", side_payload(options, side, folder), {})
+    kernels = []
+    if options.kernel_batches:
+        on_progress("kernels")
+        device = _device()
+        environment = {"TRITON_INTERPRET": "1"} if device == "cpu" else {}
+        kernels = _child("gpu_kernel", _kernel_payload(options, device), environment)
+    return {
+        "benchmark": "gpu",
+        "settings": asdict(options),
+        "provenance": {**provenance(), "device": _device_name()},
+        "results": results,
+        "kernels": kernels,
+        "ratios": {
+            str(context): ratios(results, str(context))
+            for context in options.contexts
+            if "stock" in results
+        },
+    }
+
+
+def side_payload(options: GpuOptions, side: str, model: str) -> dict[str, Any]:
+    """What a side's process is told."""
+    spindle = {"off": 1.0, "evict": options.keep_ratio, "whole": options.keep_ratio}
+    engine = {
+        "model": model,
+        "load_format": "dummy",
+        "dtype": "bfloat16",
+        "kv_cache_memory_bytes": options.kv_cache_bytes,
+        "block_size": options.block_size,
+        "max_model_len": options.max_model_len,
+        "enable_prefix_caching": False,
+        "seed": options.seed,
+        **options.engine,
+    }
+    if side in spindle:
+        engine["additional_config"] = {"spindle": {"keep_ratio": spindle[side]}}
+    few = {
+        str(n): max(1, min(MOST_AMPLE, options.stock_capacity(n, options.output_len) // 2))
+        for n in options.contexts
+    }
+    many = {
+        str(n): int(options.bound_factor * options.stock_capacity(n, options.bound_output_len)) + 1
+        for n in options.contexts
+    }
+    return {
+        "engine": engine,
+        "extra_args": {KEEP_RATIO_KEY: 1.0} if side == "whole" else {},
+        "contexts": options.contexts,
+        "few": few,
+        "many": many,
+        "output_len": options.output_len,
+        "bound_output_len": options.bound_output_len,
+        "repeats": options.repeats,
+        "seed": options.seed,
+    }
+
+
+def ratios(results: dict[str, Any], context: str) -> dict[str, dict[str, float | None]]:
+    """Each side over stock, in one context."""
+    stock = results["stock"]["contexts"][context]
+    found = {}
+    for side in results.keys() - {"stock"}:
+        own = results[side]["contexts"][context]
+        found[side] = {
+            "capacity": _over(own["bound"], stock["bound"], "peak_running"),
+            "bound_throughput": _over(own["bound"], stock["bound"], "output_tokens_per_second"),
+            "ample_throughput": _over(own["ample"], stock["ample"], "output_tokens_per_second"),
+            "decode_step": _over(own["ample"], stock["ample"], "decode_step_seconds"),
+            "single_decode_step": _over(own["single"], stock["single"], "decode_step_seconds"),
+            "attention": _over(own["attention"], stock["attention"], "seconds_per_step"),
+            "prefill": _over(own, stock, "prefill_seconds"),
+        }
+    return found
+
+
+def _over(own: dict[str, Any], stock: dict[str, Any], name: str) -> float | None:
+    return own[name] / stock[name] if own[name] is not None and stock[name] else None
+
+
+def _kernel_payload(options: GpuOptions, device: str) -> dict[str, Any]:
+    model = options.model
+    return {
+        "device": device,
+        "contexts": options.contexts,
+        "batches": options.kernel_batches,
+        "num_kv_heads": model.num_kv_heads,
+        "group": model.num_heads // model.num_kv_heads,
+        "head_size": model.head_size,
+        "block_size": options.block_size,
+        "keep_ratio": options.keep_ratio,
+        "repeats": 1 if device == "cpu" else 50,
+        "seed": options.seed,
+    }
+
+
+def _child(module: str, payload: dict[str, Any], environment: dict[str, str]) -> Any:
+    child = subprocess.Popen(
+        [sys.executable, "-m", f"vllm_spindle.bench.{module}"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={
+            "VLLM_LOGGING_LEVEL": "WARNING",
+            **os.environ,
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_NO_USAGE_STATS": "1",
+            **environment,
+        },
+    )
+    assert child.stdin is not None and child.stdout is not None
+    child.stdin.write(json.dumps(payload))
+    child.stdin.close()
+    log: list[str] = []
+    result = None
+    for line in child.stdout:
+        word, _, rest = line.partition(" ")
+        if word == "result":
+            result = json.loads(rest)
+        else:
+            log = [*log[-60:], line]
+    if child.wait() != 0 or result is None:
+        raise RuntimeError(f"{module} failed:\n{''.join(log)}")
+    return result
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _device_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

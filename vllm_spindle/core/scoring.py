@@ -15,7 +15,9 @@ from torch import Tensor
 
 ScoreName = Literal["received", "pooled", "paper", "random"]
 
-MOST_AT_ONCE = 1 << 24  # elements of the attention matrix that are there at a time
+# Elements of the attention matrix that are there at a time: what a CPU's cache holds, or enough
+# to keep a GPU busy.
+MOST_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 26}
 MIN_DISTANCE = 16  # tokens; what a token's own sentence looks at says little about later use
 
 
@@ -117,22 +119,24 @@ def received_attention(
     """
     num_kv_heads, group, num_queries, head_size = queries.shape
     num_tokens = keys.shape[1]
-    transposed = keys.float().transpose(1, 2)
+    transposed = keys.float().transpose(1, 2).contiguous()
     places = torch.arange(num_tokens, device=keys.device)
     received = torch.zeros(num_kv_heads, group, num_tokens, device=keys.device)
-    at_once = max(1, MOST_AT_ONCE // (num_kv_heads * group * num_tokens))
+    at_once = max(1, MOST_AT_ONCE[keys.device.type] // (num_kv_heads * group * num_tokens))
     for start in range(0, num_queries, at_once):
         part = queries[:, :, start : start + at_once]
         rows = positions[start : start + at_once]
         # Nobody here sees what comes after the last of them.
         stop = min(num_tokens, int(rows[-1]) + 1)
-        distance = rows.to(keys.device)[:, None] - places[:stop]
+        # Masks are slower than the rest: they cover what is near or behind the first one at least.
+        near = max(0, min(stop, int(rows[0]) + 1 - min_distance))
+        distance = rows.to(keys.device)[:, None] - places[near:stop]
         flat = (part.float() * scale).reshape(num_kv_heads, -1, head_size)
         logits = torch.bmm(flat, transposed[..., :stop]).view(*part.shape[:3], stop)
-        logits.masked_fill_(distance < 0, float("-inf"))
+        logits[..., near:] += torch.where(distance < 0, float("-inf"), 0.0)
         attention = torch.softmax(logits, dim=-1)
         if min_distance > 0:
-            attention.masked_fill_(distance < min_distance, 0)
+            attention[..., near:] *= distance >= min_distance
         if weights is not None:
             attention *= weights[start : start + at_once, None]
         seen = received[..., :stop]

@@ -86,7 +86,7 @@ def test_received_attention_equals_the_loop(
     monkeypatch: pytest.MonkeyPatch, reduction: Any, stride: int, min_distance: int
 ) -> None:
     """A softmax per query; what is too near takes its part of it and does not count."""
-    monkeypatch.setattr(scoring, "MOST_AT_ONCE", 3 * 2 * 3 * 9)
+    monkeypatch.setitem(scoring.MOST_AT_ONCE, "cpu", 3 * 2 * 3 * 9)
     queries, keys = 2 * _random(2, 3, 9, 6), _random(2, 9, 6, seed=1)
     expected = torch.zeros(2, 3, 9)
     for k, g, b in itertools.product(range(2), range(3), range(1, 9, stride)):

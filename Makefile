@@ -19,7 +19,7 @@ T := tests
 SETUP := $(if $(filter file,$(origin BIN)),setup)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check format needle recall shapes bench quality kvpress clean distclean
+.PHONY: help setup demo test test-fast check format needle recall shapes crowd bench quality kvpress clean distclean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -54,6 +54,9 @@ recall: $(SETUP)  ## train models/recall again, from generated data; goes on whe
 
 shapes: $(SETUP)  ## train models/shapes again, from generated pictures; goes on where it was killed
 	$(BIN)/python models/shapes/train.py --out models/shapes
+
+crowd: $(SETUP)  ## train models/crowd again, from models/shapes; goes on where it was killed
+	OMP_NUM_THREADS=1 $(BIN)/python models/crowd/train.py --out models/crowd
 
 bench: $(SETUP)  ## capacity and speed, stock against plugin (JSON in BENCH_JSON)
 	@mkdir -p $(dir $(BENCH_JSON))

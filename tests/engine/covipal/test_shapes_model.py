@@ -1,4 +1,4 @@
-"""The shipped shapes model: vLLM loads it as it is, and says what transformers says."""
+"""The shipped models that see: vLLM loads them as they are, and says what transformers says."""
 
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,12 @@ from engine_child import in_child
 
 pytestmark = pytest.mark.engine
 
-SHIPPED = Path(__file__).parents[3] / "models" / "shapes"
+MODELS = Path(__file__).parents[3] / "models"
 NUM_QUESTIONS = 20
 SEED = 77
 
 
-def by_vllm(model: str) -> list[dict[str, Any]]:
+def by_vllm(model: str, world: str) -> list[dict[str, Any]]:
     """Per question: prompt tokens and generated tokens."""
     from vllm import LLM, SamplingParams
 
@@ -24,15 +24,15 @@ def by_vllm(model: str) -> list[dict[str, Any]]:
         model,
         dtype="float32",
         enforce_eager=True,
-        max_model_len=256,
+        max_model_len=512,
         max_num_seqs=4,
         block_size=32,
-        kv_cache_memory_bytes=64 << 20,
+        kv_cache_memory_bytes=128 << 20,
         limit_mm_per_prompt={"image": 1},
     )
     requests = [
         {"prompt": question.prompt, "multi_modal_data": {"image": scenes.draw(question.scene)}}
-        for question in shapes.make_questions(NUM_QUESTIONS, seed=SEED)
+        for question in shapes.make_questions(NUM_QUESTIONS, seed=SEED, world=scenes.WORLDS[world])
     ]
     sampling = SamplingParams(temperature=0, max_tokens=shapes.MAX_NEW_TOKENS)
     return [
@@ -41,7 +41,7 @@ def by_vllm(model: str) -> list[dict[str, Any]]:
     ]
 
 
-def by_transformers(model: str) -> list[dict[str, Any]]:
+def by_transformers(model: str, world: str) -> list[dict[str, Any]]:
     """The same from transformers."""
     import torch
     from transformers import AutoProcessor, LlavaForConditionalGeneration
@@ -52,7 +52,7 @@ def by_transformers(model: str) -> list[dict[str, Any]]:
     processor = AutoProcessor.from_pretrained(model)
     llava = LlavaForConditionalGeneration.from_pretrained(model, dtype=torch.float32).eval()
     answers = []
-    for question in shapes.make_questions(NUM_QUESTIONS, seed=SEED):
+    for question in shapes.make_questions(NUM_QUESTIONS, seed=SEED, world=scenes.WORLDS[world]):
         inputs = processor(
             images=scenes.draw(question.scene), text=question.prompt, return_tensors="pt"
         )
@@ -62,24 +62,29 @@ def by_transformers(model: str) -> list[dict[str, Any]]:
     return answers
 
 
+@pytest.fixture(scope="module", params=("shapes", "crowd"))
+def world(request) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def answers() -> list[dict[str, Any]]:
-    return in_child(by_vllm, model=str(SHIPPED))
+def answers(world) -> list[dict[str, Any]]:
+    return in_child(by_vllm, model=str(MODELS / world), world=world)
 
 
-def test_vllm_says_what_transformers_says(answers):
+def test_vllm_says_what_transformers_says(answers, world):
     """The same prompt tokens and the same greedy answers, question by question, in float32."""
-    assert answers == in_child(by_transformers, model=str(SHIPPED))
+    assert answers == in_child(by_transformers, model=str(MODELS / world), world=world)
 
 
-def test_vllm_sees(answers):
+def test_vllm_sees(answers, world):
     """Questions about one thing are answered right: the weights are where they belong."""
     from transformers import AutoTokenizer
 
-    from vllm_covipal.evaluation import shapes
+    from vllm_covipal.evaluation import scenes, shapes
 
-    tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
-    questions = shapes.make_questions(NUM_QUESTIONS, seed=SEED)
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / world)
+    questions = shapes.make_questions(NUM_QUESTIONS, seed=SEED, world=scenes.WORLDS[world])
     about_one = [
         shapes.is_exact(tokenizer.decode(each["answer"], skip_special_tokens=True), question)
         and each["answer"][-1] == tokenizer.eos_token_id

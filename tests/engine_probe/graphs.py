@@ -32,6 +32,7 @@ def full_graphs(
     from vllm.platforms.cpu import CpuPlatform
     from vllm.v1.attention.backend import AttentionCGSupport
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.worker.cpu_worker import CPUWorker
     from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
     from vllm.v1.worker.workspace import (
@@ -52,6 +53,8 @@ def full_graphs(
 
     def capture_too(worker: Any) -> Any:
         times = warm_up(worker)
+        # As on a GPU, whose warm-up executes steps before it captures.
+        worker.execute_model(SchedulerOutput.make_empty())
         assert worker.model_runner.needs_cudagraph_capture()
         if not is_workspace_manager_initialized():  # not by the CPU's worker
             init_workspace_manager(worker.device)
@@ -84,9 +87,13 @@ def full_graphs(
 def _replay(forward: Any, desc: Any, runs: Counter) -> Any:
     from vllm.config.compilation import CUDAGraphMode
 
+    from vllm_spindle.engine.active import activate, active_reduction
+
+    captured = active_reduction()
+
     def replay() -> None:
         runs[desc.num_tokens] += 1
-        with _blindfolded():
+        with _blindfolded(), activate(captured):
             forward(CUDAGraphMode.NONE)
 
     return replay

@@ -130,5 +130,7 @@ def _rank(
         return rank_tokens(scores, num_kept, gqa)
     num_candidates = scores.shape[-1]
     is_visual = visual.mask[first : first + num_candidates]
+    # Counted on the CPU, where the mask is: no device is waited for.
     most = max_visual_tokens(num_kept, int(is_visual.sum()), num_candidates, visual.share)
-    return cap_visual(rank_tokens(scores, num_candidates, gqa), is_visual, most)[..., :num_kept]
+    ranked = rank_tokens(scores, num_candidates, gqa)
+    return cap_visual(ranked, is_visual.to(ranked.device), most)[..., :num_kept]

@@ -39,10 +39,13 @@ def active_reduction() -> ActiveReduction | None:
 
 @contextmanager
 def activate(reduction: ActiveReduction) -> Iterator[None]:
-    """Make a reduction the active one for the duration of the block."""
+    """Make a reduction the active one for the duration of the block.
+
+    Blocks nest: vLLM's warm-up executes steps of its own before it captures.
+    """
     global _active
-    _active = reduction
+    before, _active = _active, reduction
     try:
         yield
     finally:
-        _active = None
+        _active = before

@@ -3,7 +3,7 @@
 from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
 
-from vllm_spindle.core.scoring import QUERIES_AT_ONCE
+from vllm_spindle.core.scoring import MOST_AT_ONCE
 from vllm_spindle.engine.graphs import most_captured_tokens
 from vllm_spindle.engine.options import policy_for, switched_on
 
@@ -31,8 +31,10 @@ def reserved_bytes(vllm_config: VllmConfig) -> int:
     columns = cdiv(most_tokens, policy.block_size)
     rows = vllm_config.scheduler_config.max_num_seqs
     tables = len(policy.bands) * rows * columns * (4 + 8)
-    # Keys as read, in float32 and transposed; values; logits and their softmax.
+    # Keys as read, in float32 and transposed; values; logits, their softmax and its mask.
     prompt = most_tokens * num_kv_heads * head_size * (3 * element_bytes + 2 * FLOAT)
-    logits = 3 * FLOAT * num_heads * min(num_observed, QUERIES_AT_ONCE) * most_tokens
+    # The window's attention at once, the observers' in parts.
+    at_once = max(num_heads * config.window * most_tokens, MOST_AT_ONCE["cuda"])
+    logits = 3 * FLOAT * at_once
     splits = MAX_SPLIT_BYTES if config.merges else 0
     return staged + windows + tables + prompt + logits + splits

@@ -63,6 +63,7 @@ class SpindleWorkerMixin:
         with activate(reduction):
             output = super().execute_model(scheduler_output)
             reduction.finish()
+        reduction.rest()
         return output
 
     def sample_tokens(self, grammar_output: Any) -> Any:
@@ -120,7 +121,7 @@ class RunnerReduction:
         return self._decoders[layer_idx]
 
     def rest(self) -> None:
-        """A batch of no requests: captures, and what keeps data-parallel ranks in step."""
+        """Between steps: captures and dummy batches, of no request, may come."""
         self._step = Step.idle(len(self.reducer.bands))
         self.stash.expect(None)
 

@@ -74,8 +74,9 @@ flags+=(--sides "${SIDES:-stock,off,evict,whole}")
 for each in $STAGES; do
   case $each in
     doctor) SHOW=checks stage doctor "$PYTHON" -c 'import sys; from vllm_spindle.cli import main; sys.exit(main(["doctor"]))' ;;
+    # A step that waits for the device where vLLM does not allow it is an error here.
     # shellcheck disable=SC2086
-    check) stage check "$PYTHON" benchmarks/gpu_checks.py --num-requests "${CHECKS:-10000}" \
+    check) stage check env VLLM_GPU_SYNC_CHECK="${SYNC_CHECK:-error}" "$PYTHON" benchmarks/gpu_checks.py --num-requests "${CHECKS:-10000}" \
       --json "$OUT/checks.json" ${CHECK_FLAGS:-} ;;
     # shellcheck disable=SC2086
     bench) SHOW=. stage bench "${bench[@]}" "${flags[@]}" --json "$OUT/bench-gpu.json" ${BENCH_FLAGS:-} ;;

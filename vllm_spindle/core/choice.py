@@ -133,4 +133,5 @@ def _rank(
     # Counted on the CPU, where the mask is: no device is waited for.
     most = max_visual_tokens(num_kept, int(is_visual.sum()), num_candidates, visual.share)
     ranked = rank_tokens(scores, num_candidates, gqa)
-    return cap_visual(ranked, is_visual.to(ranked.device), most)[..., :num_kept]
+    is_visual = is_visual.to(ranked.device, non_blocking=True)
+    return cap_visual(ranked, is_visual, most)[..., :num_kept]

@@ -130,7 +130,7 @@ def received_attention(
         stop = min(num_tokens, int(rows[-1]) + 1)
         # Masks are slower than the rest: they cover what is near or behind the first one at least.
         near = max(0, min(stop, int(rows[0]) + 1 - min_distance))
-        distance = rows.to(keys.device)[:, None] - places[near:stop]
+        distance = rows.to(keys.device, non_blocking=True)[:, None] - places[near:stop]
         flat = (part.float() * scale).reshape(num_kv_heads, -1, head_size)
         logits = torch.bmm(flat, transposed[..., :stop]).view(*part.shape[:3], stop)
         logits[..., near:] += torch.where(distance < 0, float("-inf"), 0.0)

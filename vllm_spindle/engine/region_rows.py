@@ -4,10 +4,10 @@ Shapes: R rows with padding, r reduced rows with codebooks.
 """
 
 import torch
-from torch import Tensor
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_spindle.engine.step import CodebookRows
+from vllm_spindle.engine.transfer import to_device
 from vllm_spindle.kernels.decode_rows import NOT_MINE, DeviceRows
 
 INTS_PER_ROW = 6  # starts, shapes, prefix
@@ -66,7 +66,7 @@ class RegionRows:
             starts[codebooks.rows] = codebooks.starts
             shapes[codebooks.rows] = codebooks.shapes
             host[5 * most :][codebooks.rows] = codebooks.prefix_blocks
-        self._ints.copy_(_pinned(host, self._ints.device), non_blocking=True)
+        self._ints.copy_(to_device(host, self._ints.device))
 
 
 def _max_query_len(common: CommonAttentionMetadata, codebooks: CodebookRows | None) -> int:
@@ -75,7 +75,3 @@ def _max_query_len(common: CommonAttentionMetadata, codebooks: CodebookRows | No
         return common.max_query_len
     starts, rows = common.query_start_loc_cpu, codebooks.rows
     return int((starts[rows + 1] - starts[rows]).max())
-
-
-def _pinned(host: Tensor, device: torch.device) -> Tensor:
-    return host if device.type == "cpu" else host.pin_memory()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vllm_spindle.core.budget import BandPlan
+from vllm_spindle.engine.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class BandRows:
         host = torch.stack(
             (self.prefix_blocks, self.first_block, self.copy_blocks, self.tail_block)
         )
-        return BandRows(*host.pin_memory().to(device, non_blocking=True).unbind(0))
+        return BandRows(*to_device(host, device).unbind(0))
 
     def source_columns(self, copy_idx: int, num_columns: int) -> Tensor:
         """Column of the natural table that each column of the shifted one is read from.

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from vllm_spindle.engine.step import WindowRows
+from vllm_spindle.engine.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class WindowStash:
         self._rows = rows
         self._taken = [None] * len(self._taken)
         if rows is not None:
-            self._source = rows.source.to(self._staged.device, non_blocking=True)
+            self._source = to_device(rows.source, self._staged.device)
 
     def record(self, layer_idx: int, queries: Tensor) -> None:
         """In the forward, once for each layer. queries: of all tokens and padding, [T, H, D]."""

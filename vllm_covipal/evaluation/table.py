@@ -57,6 +57,7 @@ def plot(results: Results, path: str | Path) -> None:
     colors = colormaps["tab20"].colors
     for i, (method, rows) in enumerate(by_method.items()):
         look: dict[str, Any] = {"color": colors[i % len(colors)], "label": method}
+        rows.sort(key=lambda row: row.keep_ratio or 0)  # of several runs, in any order
         intervals = [mean_interval(row.rights) for row in rows]
         if rows[0].keep_ratio is None:
             axes.axhline(100 * intervals[0].mean, linestyle=":", linewidth=1, **look)

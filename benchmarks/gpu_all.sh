@@ -10,6 +10,8 @@
 # EXTRA     a folder for PYTHONPATH with what else is missing: rich and numba, for example
 # STAGES    of "doctor check bench triton" (default all); each is limited by $LIMIT seconds
 # CONTEXTS, KV_GIB, SIDES    as --contexts, --kv-cache-gib, --sides of vllm-spindle bench gpu
+#           (four sides and three contexts take some half an hour on an H100, by arithmetic; where a
+#           call may not last as long: STAGES=bench CONTEXTS=4096 SIDES=stock,evict, and so on)
 # CHECKS    requests of the last check (default 10000)
 # CHECK_FLAGS, BENCH_FLAGS   further flags, for example --eager and --tiny to try this on a CPU
 set -uo pipefail

@@ -56,6 +56,39 @@ def test_every_figure_is_there(report: dict[str, Any]) -> None:
     assert kernel["codebook_error"] < 2e-2 and "full_seconds" not in kernel
 
 
+def test_results_of_a_side_that_broke_off_are_kept() -> None:
+    """Ratios are of the contexts that both sides reached."""
+    from vllm_spindle.bench.gpu import ratios
+
+    part = {"peak_running": 2, "output_tokens_per_second": 6.0, "decode_step_seconds": None}
+    whole = {name: part for name in ("bound", "ample", "single")}
+    whole |= {"attention": {"seconds_per_step": 1.0}, "prefill_seconds": 4.0}
+    results = {
+        "stock": {"contexts": {"4096": whole, "32768": whole}},
+        "evict": {"contexts": {"4096": {**whole, "prefill_seconds": 5.0}}, "failed": "memory"},
+    }
+    found = ratios(results, "4096")["evict"]
+    assert found["prefill"] == 1.25 and found["capacity"] == 1 and found["decode_step"] is None
+    assert ratios(results, "32768") == {}
+
+
+def test_the_checks_run(tmp_path: Path) -> None:
+    """``benchmarks/gpu_checks.py``, the shortest of them: requests aborted at any moment."""
+    checks = Path(__file__).parents[2] / "benchmarks" / "gpu_checks.py"
+    report = tmp_path / "checks.json"
+    options = ["--eager", "--only", "aborts", "--num-requests", "40", "--json", str(report)]
+    done = subprocess.run(
+        [sys.executable, str(checks), *options],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **ENVIRONMENT},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(report.read_text())["aborts"]
+    assert found["ok"] and found["requests"] == 40 and found["aborted"] > 5
+
+
 def test_an_unknown_side_is_refused() -> None:
     """By name, with what there is."""
     done = _bench("--sides", "stock,half")

@@ -71,38 +71,54 @@ class GpuOptions:
         return max(1, pool_tokens // (context + output_len + self.block_size))
 
 
-def run_gpu(options: GpuOptions, on_progress: Callable[[str], None]) -> dict[str, Any]:
+def run_gpu(
+    options: GpuOptions,
+    on_progress: Callable[[str], None],
+    on_report: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
     """Run every side, then the kernels.
+
+    Args:
+        options: what to run.
+        on_progress: called with the name of each part as it begins.
+        on_report: called with the report so far after each part: a GPU may be taken away.
 
     Returns:
         A JSON-ready report: settings, provenance, results by side and context, ratios to stock.
 
     Raises:
-        RuntimeError: if a child fails, with the end of its log.
+        RuntimeError: if a child fails before its first context, with the end of its log; later,
+            what it has is kept, and ``failed`` in it says why.
     """
-    results = {}
+    results: dict[str, Any] = {}
+    kernels: list[Any] = []
     with tempfile.TemporaryDirectory() as folder:
         options.model.write(Path(folder), options.max_model_len)
         for side in options.sides:
             on_progress(side)
             results[side] = _child("gpu_run", side_payload(options, side, folder), {})
-    kernels = []
+            on_report(_report(options, results, kernels))
     if options.kernel_batches:
         on_progress("kernels")
         device = _device()
         environment = {"TRITON_INTERPRET": "1"} if device == "cpu" else {}
-        kernels = _child("gpu_kernel", _kernel_payload(options, device), environment)
+        found = _child("gpu_kernel", _kernel_payload(options, device), environment)
+        kernels.extend(found["kernels"])
+    report = _report(options, results, kernels)
+    on_report(report)
+    return report
+
+
+def _report(
+    options: GpuOptions, results: dict[str, Any], kernels: list[dict[str, Any]]
+) -> dict[str, Any]:
     return {
         "benchmark": "gpu",
         "settings": asdict(options),
         "provenance": {**provenance(), "device": _device_name()},
         "results": results,
         "kernels": kernels,
-        "ratios": {
-            str(context): ratios(results, str(context))
-            for context in options.contexts
-            if "stock" in results
-        },
+        "ratios": {str(context): ratios(results, str(context)) for context in options.contexts},
     }
 
 
@@ -144,11 +160,15 @@ def side_payload(options: GpuOptions, side: str, model: str) -> dict[str, Any]:
 
 
 def ratios(results: dict[str, Any], context: str) -> dict[str, dict[str, float | None]]:
-    """Each side over stock, in one context."""
-    stock = results["stock"]["contexts"][context]
-    found = {}
-    for side in results.keys() - {"stock"}:
-        own = results[side]["contexts"][context]
+    """Each side over stock, in one context, as far as both got there."""
+    there = {
+        side: each["contexts"][context]
+        for side, each in results.items()
+        if context in each["contexts"]
+    }
+    stock = there.pop("stock", None)
+    found: dict[str, dict[str, float | None]] = {}
+    for side, own in there.items() if stock is not None else ():
         found[side] = {
             "capacity": _over(own["bound"], stock["bound"], "peak_running"),
             "bound_throughput": _over(own["bound"], stock["bound"], "output_tokens_per_second"),
@@ -207,8 +227,10 @@ def _child(module: str, payload: dict[str, Any], environment: dict[str, str]) ->
             result = json.loads(rest)
         else:
             log = [*log[-60:], line]
-    if child.wait() != 0 or result is None:
-        raise RuntimeError(f"{module} failed:\n{''.join(log)}")
+    if child.wait() != 0:
+        if result is None:
+            raise RuntimeError(f"{module} failed:\n{''.join(log)}")
+        result["failed"] = "".join(log)
     return result
 
 

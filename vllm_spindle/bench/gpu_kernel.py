@@ -144,15 +144,14 @@ def seconds_of(call: Callable[[], Any], repeats: int, device: str) -> float:
     return median(times)
 
 
-def run(options: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row of results per context and batch size."""
+def run(options: dict[str, Any]) -> None:
+    """One result per context and batch size, printed with those before it as they come."""
     torch.manual_seed(options["seed"])
     results = []
     for num_tokens in options["contexts"]:
         for num_rows in options["batches"]:
             results.append(_measured(options, num_tokens, num_rows))
-            print(f"progress {num_tokens}", flush=True)
-    return results
+            print("result " + json.dumps({"kernels": results}), flush=True)
 
 
 def _measured(options: dict[str, Any], num_tokens: int, num_rows: int) -> dict[str, Any]:
@@ -181,8 +180,8 @@ def _codebooks(options: dict[str, Any], query: Tensor, num_tokens: int) -> tuple
 
 
 def main() -> None:
-    """Read the options, run, print ``result {json}``."""
-    print("result " + json.dumps(run(json.load(sys.stdin))), flush=True)
+    """Read the options, run."""
+    run(json.load(sys.stdin))
 
 
 if __name__ == "__main__":

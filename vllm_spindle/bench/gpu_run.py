@@ -154,15 +154,14 @@ class Side:
 
 
 def main() -> None:
-    """Read the options, run, print ``result {json}``."""
+    """Read the options, run, print ``result {json}``, again after each context."""
     options = json.load(sys.stdin)
     side = Side(options)
     result: dict[str, Any] = {"num_blocks": side.num_blocks, "num_groups": side.num_groups}
     result["contexts"] = {}
     for length in options["contexts"]:
         result["contexts"][str(length)] = side.context(options, length)
-        print(f"progress {length}", flush=True)
-    print("result " + json.dumps(result), flush=True)
+        print("result " + json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

@@ -50,15 +50,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run, print the tables, write the JSON."""
     options, console = gpu_options(args), Console()
-    report = run_gpu(options, lambda part: console.print(f"running {part} ..."))
+
+    def save(report: dict[str, Any]) -> None:
+        if args.json:
+            args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+    report = run_gpu(options, lambda part: console.print(f"running {part} ..."), save)
     for context in options.contexts:
         console.print(_table(report, context))
     if report["kernels"]:
         console.print(_kernel_table(report))
+    failed = {side: each["failed"] for side, each in report["results"].items() if "failed" in each}
+    for side, log in failed.items():
+        console.print(f"[bold]{side} broke off[/bold]\n{log}")
     if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         console.print(f"report written to {args.json}")
-    return 0
+    return 1 if failed else 0
 
 
 def gpu_options(args: argparse.Namespace) -> GpuOptions:
@@ -111,8 +118,11 @@ def gpu_options(args: argparse.Namespace) -> GpuOptions:
 
 def _table(report: dict[str, Any], context: int) -> Table:
     settings, found = report["settings"], report["ratios"].get(str(context), {})
-    bound = {side: each["contexts"][str(context)]["bound"] for side, each in _results(report)}
-    running = ", ".join(f"{side} {each['peak_running']}" for side, each in bound.items())
+    running = ", ".join(
+        f"{side} {each['contexts'][str(context)]['bound']['peak_running']}"
+        for side, each in report["results"].items()
+        if str(context) in each["contexts"]
+    )
     table = Table(
         title=f"{settings['shape']}, prompts of {context} tokens, "
         f"{settings['kv_cache_bytes'] / GIB:g} GiB of KV cache; over stock",
@@ -127,10 +137,6 @@ def _table(report: dict[str, Any], context: int) -> Table:
         values = [found.get(side, {}).get(key) for side in sides]
         table.add_row(title, *("" if v is None else f"{v:.3f}" for v in values), goal)
     return table
-
-
-def _results(report: dict[str, Any]) -> list[tuple[str, Any]]:
-    return list(report["results"].items())
 
 
 def _kernel_table(report: dict[str, Any]) -> Table:

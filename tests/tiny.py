@@ -68,3 +68,20 @@ def prompts(count: int, lengths: list[int], *, seed: int = 0) -> list[dict[str, 
 def config_of(folder: Path) -> dict[str, object]:
     """The model's config.json."""
     return json.loads((folder / "config.json").read_text())
+
+
+def head_shares(*, num_layers: int, num_heads: int) -> dict[str, list[list[float]]]:
+    """A profile of no model: at every mean share, some heads keep most and some little."""
+    points = {}
+    for mean in (0.75, 0.5, 0.25, 0.1):
+        uneven = [
+            [(1 + layer * 5 + head * 3) % 7 for head in range(num_heads)]
+            for layer in range(num_layers)
+        ]
+        total = sum(map(sum, uneven))
+        scale = mean * num_layers * num_heads / total
+        # Half-way to even, so that none passes 1 by much; what does, is cut.
+        shares = [[min(1.0, (scale * each + mean) / 2) for each in heads] for heads in uneven]
+        found = sum(map(sum, shares)) / (num_layers * num_heads)
+        points[f"{found:.6f}"] = shares
+    return points

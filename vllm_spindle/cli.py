@@ -23,6 +23,11 @@ COMMANDS = (
         "evict, merge or both per band: measured on your prompts, written as a plan",
     ),
     (
+        "profile",
+        "vllm_spindle.commands.profile",
+        "which kv heads need their tokens: measured, written beside the model for serving",
+    ),
+    (
         "doctor",
         "vllm_spindle.commands.doctor",
         "can this vLLM, model and flag set work, if not why",

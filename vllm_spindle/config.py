@@ -1,6 +1,7 @@
 """What the user may set: one pydantic model, one field per dial, unknown keys refused."""
 
 import difflib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +17,8 @@ from pydantic import (
 )
 from typing_extensions import Self
 
+from vllm_spindle.core.profile import make_profile
+
 KEEP_RATIO_KEY = "spindle_keep_ratio"
 """Per-request override, in ``vllm_xargs`` (HTTP) or ``SamplingParams.extra_args``."""
 
@@ -24,6 +27,9 @@ PROTECTED_PREFIX_KEY = "spindle_protected_prefix_tokens"
 
 
 MethodName = Literal["evict", "merge", "both"]
+
+PackedShares = tuple[tuple[float, tuple[tuple[float, ...], ...]], ...]
+"""``head_shares`` as it is kept: (mean share, share of each kv head [L][K]), hashable."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +96,11 @@ class SpindleConfig(BaseModel):
         description="most tokens before the window whose queries score under 'received', spread "
         "over the last half of the prompt",
     )
+    last_query: bool = Field(
+        True,
+        description="under 'received', the prompt's last query, which answers, chooses in turns "
+        "with the window that it belongs to",
+    )
     pool_kernel: Annotated[int, Field(ge=1, le=63)] = Field(
         5,
         description="neighbours (tokens, odd) that 'received' and 'pooled' take the maximum over",
@@ -99,9 +110,16 @@ class SpindleConfig(BaseModel):
         description="how the query heads of a kv head choose: each for itself, stored once; by "
         "their mean; or each for itself with a copy of its own (reference)",
     )
-    budget: Literal["pyramid", "uniform"] = Field(
-        "uniform",
-        description="all bands keep the same share, or deeper ones fewer tokens (pyramid)",
+    budget: Literal["auto", "measured", "uniform", "pyramid"] = Field(
+        "auto",
+        description="measured: every kv head keeps a share of its own, as 'vllm-spindle profile' "
+        "found it; uniform: all the same; pyramid: deeper bands keep fewer tokens; auto: measured "
+        "where there is a profile, in head_shares or beside the model, else uniform",
+    )
+    head_shares: Annotated[PackedShares, Field(strict=False)] | None = Field(
+        None,
+        description="mean share of the context: share of each kv head of each layer; or the path "
+        "of a profile. Default: spindle-profile.json in the model's folder",
     )
     beta: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.05, description="share of the context that the deepest layer keeps under 'pyramid'"
@@ -137,6 +155,22 @@ class SpindleConfig(BaseModel):
             raise ValueError("must be a number of tokens, 0 or more, or 'auto'")
         return value
 
+    @field_validator("head_shares", mode="before")
+    @classmethod
+    def _packed(cls, value: Any) -> Any:
+        if isinstance(value, str | Path):
+            value = read_profile(Path(value)).head_shares
+        if isinstance(value, dict):
+            value = value.items()
+        if value is None:
+            return None
+        packed = tuple(
+            (float(mean), tuple(tuple(map(float, heads)) for heads in shares))
+            for mean, shares in value
+        )
+        make_profile(dict(packed))
+        return packed
+
     @field_validator("pool_kernel")
     @classmethod
     def _odd(cls, value: int) -> int:
@@ -151,6 +185,17 @@ class SpindleConfig(BaseModel):
                 "gqa='unfold' makes copies for a codebook to absorb, and how large that gets is "
                 "known after the data only, so it is not served: use 'union' or 'mean' with "
                 "method 'merge' or 'both'; 'vllm-spindle calibrate' measures the unfolded route"
+            )
+        if self.budget == "measured" and (self.merges or self.gqa == "unfold"):
+            with_what = "gqa='unfold'" if self.gqa == "unfold" else "methods that merge"
+            raise ValueError(
+                f"budget='measured' gives each kv head blocks of its own, which {with_what} cannot "
+                "use: take budget 'uniform' or 'pyramid', or method 'evict' and gqa 'union'"
+            )
+        if self.head_shares is not None and self.budget not in ("auto", "measured"):
+            raise ValueError(
+                f"head_shares is what budget='measured' is made of, got budget={self.budget!r}; "
+                "leave one of them out"
             )
         if self.band_methods is not None and self.num_bands not in (None, len(self.band_methods)):
             raise ValueError(
@@ -173,6 +218,75 @@ class SpindleConfig(BaseModel):
     def is_on(self) -> bool:
         """Whether anything may be evicted at all."""
         return self.keep_ratio < 1
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileFile:
+    """What ``vllm-spindle profile`` writes.
+
+    Attributes:
+        head_shares: as the dial of that name.
+        num_bands: bands that it was measured for; a dial that is set wins.
+    """
+
+    head_shares: Any
+    num_bands: int | None = None
+
+
+PROFILE_FILE = "spindle-profile.json"
+"""In a model's folder."""
+
+
+def read_profile(path: Path) -> ProfileFile:
+    """A profile.
+
+    Raises:
+        ValueError: if it cannot be read, or is none.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        shares = {float(mean): each for mean, each in found["head_shares"].items()}
+        make_profile(shares)
+        return ProfileFile(shares, found.get("num_bands"))
+    except OSError as error:
+        raise ValueError(
+            f"cannot read the profile {path} ({error.strerror}); make one with 'vllm-spindle "
+            "profile MODEL'"
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is no profile ({error}); make one with 'vllm-spindle profile MODEL'"
+        ) from None
+
+
+def with_profile(config: SpindleConfig, model: str, *, can_split: bool = True) -> SpindleConfig:
+    """The configuration for a model: ``auto`` decided, ``measured`` with its shares.
+
+    Args:
+        config: as the user gave it.
+        model: folder or name; only a folder can have a profile beside it.
+        can_split: whether kv heads of one layer may hold different numbers of blocks here.
+
+    Raises:
+        ValueError: if budgets are to be measured and nothing was.
+    """
+    if config.budget not in ("auto", "measured"):
+        return config
+    found = ProfileFile(config.head_shares)
+    if found.head_shares is None and (Path(model) / PROFILE_FILE).is_file():
+        found = read_profile(Path(model) / PROFILE_FILE)
+    usable = can_split and not config.merges and config.gqa != "unfold"
+    if config.budget == "auto" and (found.head_shares is None or not usable):
+        return config.model_copy(update={"budget": "uniform", "head_shares": None})
+    if found.head_shares is None:
+        raise ValueError(
+            f"spindle: budget=measured: no {PROFILE_FILE} in {model}; make one with 'vllm-spindle "
+            f"profile {model}', or use budget uniform"
+        )
+    dials = config.model_dump() | {"budget": "measured", "head_shares": found.head_shares}
+    if config.num_bands is None and config.band_methods is None:
+        dials["num_bands"] = found.num_bands
+    return load_config(dials)
 
 
 def load_config(value: Any) -> SpindleConfig:

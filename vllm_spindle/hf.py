@@ -10,7 +10,7 @@ prompt at a time.
 
 Or by any method of ``baselines``, two passes over the prompt included, for questions to come:
 
-    cache = compress(model, document_ids, make_method("profiled"), byte_ratio=0.25)
+    cache = compress(model, document_ids, make_method("two_pass"), byte_ratio=0.25)
     model.generate(torch.cat([document_ids, question_ids], dim=1), past_key_values=cache)
 """
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from vllm_spindle.baselines.base import NUM_FUTURE, Method, PromptLayer
 from vllm_spindle.baselines.spindle import DEFAULT_BLOCK_SIZE, make_policy, reduce_by_plan
 from vllm_spindle.calibration.capture import rotary_table
-from vllm_spindle.config import SpindleConfig
+from vllm_spindle.config import SpindleConfig, with_profile
 from vllm_spindle.hf_layers import QueryCache, QueryLayer, enable
 
 __all__ = ["SpindleCache", "compress", "enable", "read", "reduce_read"]
@@ -116,7 +116,8 @@ class SpindleCache(QueryCache):
         """
         if options.merges and cos_sin is None:
             raise ValueError("a codebook needs cos_sin; see calibration.capture.rotary_table")
-        self._options, self._prompt_len = options, prompt_len
+        self._options = with_profile(options, config._name_or_path)
+        self._prompt_len = prompt_len
         self._block_size, self._cos_sin = block_size, cos_sin
         self._num_layers = config.get_text_config(decoder=True).num_hidden_layers
         super().__init__(config)

@@ -11,11 +11,12 @@ from functools import lru_cache
 
 import numpy as np
 
-from vllm_spindle.config import MethodName, RequestOptions, SpindleConfig
+from vllm_spindle.config import MethodName, PackedShares, RequestOptions, SpindleConfig
 from vllm_spindle.core.bands import default_num_bands, split_layers, usable_num_bands
 from vllm_spindle.core.budget import BandPlan, plan_prompt, shareable_blocks
 from vllm_spindle.core.observers import observed_positions
 from vllm_spindle.core.pacing import ReductionQueue
+from vllm_spindle.core.profile import Profile, head_blocks, make_profile, shares_at
 
 SERVERS = RequestOptions()
 """A request that sets nothing for itself."""
@@ -38,6 +39,12 @@ class SpindlePolicy:
     num_queries_per_kv: int
 
     def __post_init__(self) -> None:
+        profile = self.profile
+        if profile is not None and len(profile[0]) != self.num_layers:
+            raise ValueError(
+                f"spindle: head_shares: measured on a model of {len(profile[0])} layers, this one "
+                f"has {self.num_layers}; make them again with 'vllm-spindle profile MODEL'"
+            )
         num_bands = _num_bands(self.config)
         option = "num_bands" if self.config.band_methods is None else "band_methods: bands"
         if num_bands is not None and num_bands > self.num_layers:
@@ -67,6 +74,28 @@ class SpindlePolicy:
         """What a band does with its context."""
         methods = self.config.band_methods
         return self.config.method if methods is None else methods[band]
+
+    @property
+    def profile(self) -> Profile | None:
+        """What each kv head keeps; None unless budgets are measured."""
+        return _profile(self.config.head_shares) if self.config.budget == "measured" else None
+
+    def head_blocks(self, layer_idx: int, plan: BandPlan, heads: range) -> tuple[int, ...]:
+        """Blocks of the reduced region that each of some kv heads of a layer holds.
+
+        Args:
+            layer_idx: depth.
+            plan: of the layer's band, reduced.
+            heads: those of a rank; all of them together hold the region.
+        """
+        return _head_blocks(
+            self.config.head_shares,
+            layer_idx,
+            plan.context_share,
+            heads,
+            plan.reduced_blocks,
+            plan.context_blocks,
+        )
 
     def shareable(
         self, prompt_len: int, options: RequestOptions = SERVERS
@@ -123,6 +152,27 @@ def _bands(num_layers: int, num_bands: int | None) -> tuple[range, ...]:
     return split_layers(num_layers, num_bands or default_num_bands(num_layers))
 
 
+@lru_cache(maxsize=8)
+def _profile(head_shares: PackedShares | None) -> Profile:
+    assert head_shares is not None  # the configuration's own check
+    return make_profile(dict(head_shares))
+
+
+@lru_cache(maxsize=16384)
+def _head_blocks(
+    head_shares: PackedShares | None,
+    layer_idx: int,
+    context_share: Fraction,
+    heads: range,
+    reduced_blocks: int,
+    context_blocks: int,
+) -> tuple[int, ...]:
+    shares = shares_at(_profile(head_shares), context_share)[layer_idx]
+    return head_blocks(
+        [shares[head] for head in heads], reduced_blocks * len(heads), context_blocks
+    )
+
+
 @lru_cache(maxsize=16384)
 def _plan(
     policy: SpindlePolicy, prompt_len: int, keep_ratio: float, protected_tokens: int
@@ -136,7 +186,9 @@ def _plan(
         block_size=policy.block_size,
         bands=policy.bands,
         beta=Fraction(str(config.beta)),
-        shape=config.budget,
+        # Not resolved for a model: nothing was measured.
+        shape="uniform" if config.budget == "auto" else config.budget,
+        profile=policy.profile,
         unit_blocks=policy.num_queries_per_kv if config.gqa == "unfold" else 1,
         min_prompt_len=config.min_prompt_len,
         protected_tokens=protected_tokens,

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+import tiny
 from engine_child import in_child
 
 pytestmark = pytest.mark.engine
@@ -19,6 +20,11 @@ MODES["layer-bands"] = {"num_bands": 6, "budget": "pyramid", "window": 48, "rece
 # A prefix that every band keeps, off the block grid; with a copy for each query head, too.
 MODES["prefix"] = {"protected_prefix_tokens": 200}
 MODES["prefix-unfold"] = {"protected_prefix_tokens": 96, "gqa": "unfold"}
+# Every kv head in blocks of its own, by layers and in longer bands; a prefix before them.
+HEAD_SHARES = tiny.head_shares(num_layers=6, num_heads=2)
+MODES["heads"] = {"head_shares": HEAD_SHARES}
+MODES["heads-layer-bands"] = {"head_shares": HEAD_SHARES, "num_bands": 6, "gqa": "mean"}
+MODES["heads-prefix"] = {"head_shares": HEAD_SHARES, "protected_prefix_tokens": 200}
 # Off the block grid, on it, one over; and one too short to be reduced.
 PROMPT_LENS = [1500, 1024, 801, 300, 95]
 LONGEST = PROMPT_LENS[0]
@@ -32,7 +38,6 @@ def twin(model: str, modes: dict[str, dict[str, Any]]) -> dict[str, Any]:
     longest prompt keeps and answers by chunk size."""
     from dataclasses import asdict
 
-    import tiny
     from engine_probe.engines import Ask, engine
     from engine_probe.twin import capture, compare
 

@@ -6,17 +6,19 @@ the twin works on them alone and never reads the paged cache.
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from vllm.model_executor.models.utils import extract_layer_index
 
+from vllm_spindle.choice_rule import choice_rule
 from vllm_spindle.core.budget import BandPlan
-from vllm_spindle.core.choice import ChoiceRule, choose_kept
+from vllm_spindle.core.choice import choose_kept, keep_by_head, rank_context
 from vllm_spindle.core.reference import attend_codebook, attend_reduced
 from vllm_spindle.engine import reduction, regions
 from vllm_spindle.engine.active import active_reduction
@@ -69,6 +71,7 @@ def capture() -> Iterator[Captured]:
     stock_read = reduction.Reducer._read_prompt
     stock_choose = regions.choose_kept
     stock_pack = regions.pack_region
+    stock_keep = regions.keep_by_head
     reducing: list[tuple[str, int]] = []
 
     def forward(
@@ -101,6 +104,11 @@ def capture() -> Iterator[Captured]:
         seen.kept[reducing[0]].append(kept)
         return kept
 
+    def keep_by_head(*a: Any) -> list[Tensor]:
+        kept = stock_keep(*a)
+        seen.kept[reducing[0]].append(_padded(kept))
+        return kept
+
     def pack(kv_cache: Any, region: Any, shape: Any, *books: Any) -> None:
         seen.codebooks[reducing[0]].append(books)
         stock_pack(kv_cache, region, shape, *books)
@@ -109,6 +117,7 @@ def capture() -> Iterator[Captured]:
     reduction.Reducer._read_prompt = read_prompt
     regions.choose_kept = choose
     regions.pack_region = pack
+    regions.keep_by_head = keep_by_head
     try:
         yield seen
     finally:
@@ -116,6 +125,7 @@ def capture() -> Iterator[Captured]:
         reduction.Reducer._read_prompt = stock_read
         regions.choose_kept = stock_choose
         regions.pack_region = stock_pack
+        regions.keep_by_head = stock_keep
 
 
 @dataclass
@@ -168,7 +178,7 @@ def compare(
             result.merged_error = max(result.merged_error, error)
             continue
         if plan.is_reduced:
-            chosen = layer.core_choice(policy, prompt_len, plan)
+            chosen = layer.core_choice(policy, prompt_len, plan, layer_idx)
             kept = layer.with_prefix(chosen)
             found = seen.kept[request_id, layer_idx]
             result.kept_layers += 1
@@ -206,6 +216,8 @@ class TwinLayer:
     def with_prefix(self, chosen: Tensor) -> Tensor:
         """The protected positions, then the chosen ones."""
         prefix = torch.arange(self.num_protected).expand(*chosen.shape[:-1], -1)
+        # Where a head keeps fewer: a position that every query sees anyway.
+        chosen = chosen.where(chosen >= 0, self.num_context)
         return torch.cat([prefix, chosen], dim=-1)
 
     @property
@@ -213,24 +225,34 @@ class TwinLayer:
         """The softmax scale of the tiny models."""
         return self.queries.shape[-1] ** -0.5
 
-    def core_choice(self, policy: SpindlePolicy, prompt_len: int, plan: BandPlan) -> Tensor:
-        """What the pure-torch core keeps."""
+    def core_choice(
+        self, policy: SpindlePolicy, prompt_len: int, plan: BandPlan, layer_idx: int
+    ) -> Tensor:
+        """What the pure-torch core keeps; -1 where a head keeps fewer than others."""
         config = policy.config
         copies = policy.num_queries_per_kv if config.gqa == "unfold" else 1
         observed = torch.from_numpy(policy.observed(prompt_len, [plan]))
         num_kv_heads, head_size = self.keys.shape[1:]
-        return choose_kept(
-            ChoiceRule(config.score, config.pool_kernel, config.gqa, window=config.window),
+        scored = (
+            choice_rule(config),
             self.queries[observed]
             .view(len(observed), num_kv_heads, -1, head_size)
             .permute(1, 2, 0, 3),
             self.keys[:prompt_len].transpose(0, 1),
             observed,
-            scale=self.scale,
-            num_context=self.num_context,
-            num_kept=plan.reduced_blocks * policy.block_size // copies,
-            num_protected=self.num_protected,
         )
+        counts = {
+            "scale": self.scale,
+            "num_context": self.num_context,
+            "num_protected": self.num_protected,
+        }
+        if policy.profile is not None:
+            blocks = policy.head_blocks(layer_idx, plan, range(num_kv_heads))
+            assert sum(blocks) == plan.reduced_blocks * num_kv_heads
+            ranked = rank_context(*scored, **counts, num_kept=self.num_context - self.num_protected)
+            return _padded(keep_by_head(ranked, [n * policy.block_size for n in blocks]))
+        num_kept = plan.reduced_blocks * policy.block_size // copies
+        return choose_kept(*scored, **counts, num_kept=num_kept)
 
     def codebook_error(self, codebooks: Any, cos_sin: Tensor, prompt_len: int) -> float:
         """Relative error of the decode outputs against the oracle over the layer's codebooks."""
@@ -260,6 +282,11 @@ class TwinLayer:
             scale=self.scale,
         )
         return _relative(twin, self.outputs[first:stop])
+
+
+def _padded(kept: Sequence[Tensor]) -> Tensor:
+    """Positions of each kv head, -1 behind the shorter ones. [K, most]."""
+    return pad_sequence(list(kept), batch_first=True, padding_value=-1)
 
 
 def _relative(expected: Tensor, found: Tensor) -> float:

@@ -10,7 +10,7 @@ from vllm_spindle.baselines import METHODS, make_method
 from vllm_spindle.baselines.base import PromptLayer, ReducedLayer
 
 # Rows as they are: what they weigh can be counted by hand.
-EVICTING = sorted(set(METHODS) - {"full", "paper", "spindle", "profiled"})
+EVICTING = sorted(set(METHODS) - {"full", "paper", "spindle", "two_pass"})
 
 
 def _layers(

@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from vllm_spindle.commands.geometry import read_geometry
-from vllm_spindle.config import SpindleConfig
+from vllm_spindle.config import SpindleConfig, with_profile
 from vllm_spindle.evaluation import needle
 from vllm_spindle.policy import SpindlePolicy
 from vllm_spindle.serving.load import ask_all
@@ -31,7 +31,7 @@ BAND_COUNTERS = ("blocks_freed", "tokens_evicted", "prompt_blocks", "held_blocks
 def policy() -> SpindlePolicy:
     """The plan's arithmetic, from the model's config.json."""
     shape = read_geometry(str(NEEDLE))
-    config = SpindleConfig(keep_ratio=0.25)
+    config = with_profile(SpindleConfig(keep_ratio=0.25), str(NEEDLE))
     return SpindlePolicy(config, shape.num_layers, BLOCK_SIZE, shape.num_queries_per_kv)
 
 

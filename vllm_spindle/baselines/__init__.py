@@ -10,13 +10,13 @@ from vllm_spindle.baselines.expected_attention import ExpectedAttention
 from vllm_spindle.baselines.full import Full
 from vllm_spindle.baselines.h2o import H2O
 from vllm_spindle.baselines.paper import Paper
-from vllm_spindle.baselines.profiled import Profiled
 from vllm_spindle.baselines.pyramidinfer import PyramidInfer
 from vllm_spindle.baselines.pyramidkv import PyramidKV
 from vllm_spindle.baselines.random import Random
 from vllm_spindle.baselines.snapkv import SnapKV
 from vllm_spindle.baselines.spindle import Spindle
 from vllm_spindle.baselines.streaming_llm import StreamingLLM
+from vllm_spindle.baselines.two_pass import TwoPass
 
 METHODS: dict[str, Callable[..., Method]] = {
     "full": Full,
@@ -31,23 +31,18 @@ METHODS: dict[str, Callable[..., Method]] = {
     "d2o": D2O,
     "paper": Paper,
     "spindle": Spindle.of,
-    "profiled": Profiled,
+    "two_pass": TwoPass.of,
 }
 
 ABLATIONS: dict[str, dict[str, Any]] = {
+    "spindle_uniform": {"budget": "uniform"},
+    "spindle_pyramid": {"budget": "pyramid"},
     "spindle_window": {"score": "pooled"},
+    "spindle_no_last": {"last_query": False},
     "spindle_no_pool": {"pool_kernel": 1},
     "spindle_recent_32": {"recent": 32},
     "spindle_mean": {"gqa": "mean"},
-    "spindle_pyramid": {"budget": "pyramid"},
     "spindle_random": {"score": "random"},
-    "profiled_alike": {"profile": None},
-    "profiled_window": {"score": "window"},
-    "profiled_no_turns": {"window_turns": False},
-    "profiled_no_pool": {"pool_kernel": 1},
-    "profiled_near": {"min_distance": 0},
-    "profiled_random": {"score": "random", "window_turns": False},
-    "profiled_two_pass": {"score": "repeated"},
 }
 """A method with one part taken out, or another in its place; names for ``make_method``."""
 

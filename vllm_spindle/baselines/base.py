@@ -21,7 +21,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from vllm_spindle.core.budget import share_out
+from vllm_spindle.core.budget_sharing import fill, share_out
 from vllm_spindle.core.codebook_bytes import dense_bytes
 
 NUM_FUTURE = 512  # positions behind the prompt that a method may ask the rotary table for
@@ -198,24 +198,6 @@ def total_tokens(layers: Sequence[PromptLayer], byte_ratio: float) -> int:
 def share_tokens(weights: Sequence[Fraction], total: int, num_tokens: int) -> list[int]:
     """``total`` tokens over layers by weight, 1 to ``num_tokens`` each."""
     return share_out(fill(weights, total, num_tokens), total, floor=1, cap=num_tokens)
-
-
-def fill(weights: Sequence[Fraction], total: int, cap: int) -> list[Fraction]:
-    """``total`` by weight, none above ``cap``: what one cannot hold goes to the others."""
-    left, unfilled = Fraction(total), dict(enumerate(weights))
-    quotas = [Fraction(0)] * len(weights)
-    while unfilled and left > 0:
-        weight = sum(unfilled.values(), Fraction(0))
-        alike = left / len(unfilled)
-        due = {i: left * w / weight if weight else alike for i, w in unfilled.items()}
-        full = [i for i in unfilled if due[i] >= cap]
-        for i in full or due:
-            quotas[i] = min(due[i], Fraction(cap))
-        if not full:
-            break
-        left -= cap * len(full)
-        unfilled = {i: w for i, w in unfilled.items() if i not in full}
-    return quotas
 
 
 def keep_all(layer: PromptLayer) -> ReducedLayer:

@@ -5,13 +5,14 @@ Method: arXiv:2507.06517, with what differs from it in ``core/``; the paper's ow
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import Self
 
 from vllm_spindle.baselines.base import Method, PromptLayer, ReducedLayer, keep_all
-from vllm_spindle.config import SpindleConfig, load_config
+from vllm_spindle.config import SpindleConfig, load_config, with_profile
 from vllm_spindle.core.budget import BandPlan
 from vllm_spindle.core.codebook_bytes import dense_bytes
 from vllm_spindle.policy import SpindlePolicy
@@ -32,9 +33,13 @@ class Spindle(Method):
     block_size: int = DEFAULT_BLOCK_SIZE
 
     @classmethod
-    def of(cls, *, block_size: int = DEFAULT_BLOCK_SIZE, **dials: Any) -> "Spindle":
+    def of(cls, *, block_size: int = DEFAULT_BLOCK_SIZE, **dials: Any) -> Self:
         """With these dials of ``SpindleConfig``, the others at their defaults."""
         return cls(load_config(dials), block_size)
+
+    def of_model(self, model: str) -> Self:
+        """For a model: with the profile beside it, if budgets are measured."""
+        return replace(self, config=with_profile(self.config, model))
 
     def reduce(self, layers: Sequence[PromptLayer], byte_ratio: float) -> list[ReducedLayer]:
         policy = make_policy(self.config, self.block_size, len(layers), layers[0].queries)

@@ -65,21 +65,14 @@ def load_model(model: str, dtype: str) -> Any:
     Raises:
         ValueError: if transformers cannot load it.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+    from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    from vllm_spindle.calibration.prompts import load_causal_model
+
     AttentionInterface.register(ATTENTION, _stock)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            model, dtype=getattr(torch, dtype), attn_implementation=ATTENTION
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"MODEL={model}: transformers cannot load it ({reason})") from None
-    return loaded.eval()
+    return load_causal_model(model, dtype, attn_implementation=ATTENTION)
 
 
 @torch.inference_mode()

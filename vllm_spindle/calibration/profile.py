@@ -1,14 +1,15 @@
-"""How to share the bytes among layers: measured on the answers of a model, by taking away.
+"""Which kv heads need their tokens: measured on a model's own answers, by taking away.
 
-Everything is kept at first. Again and again each layer in turn is tried with a bit less, and the
-one whose loss moves the model's own answers least gives it up. The way down is one profile for all
-ratios. Layers are measured together and not one by one, because they stand in for each other: on
-the needle model any single one can go, the first three together cannot.
+Everything is kept at first. Again and again the head whose loss of a step moves the model's own
+answers least, for the tokens that it frees, gives it up. The way down is one profile for all
+ratios. Heads are measured under what the others have left and not one by one, because they stand
+in for each other: on models/needle any single layer can go, the first three together cannot.
 
 Shapes: L layers, K kv heads, C context tokens, D head size.
 """
 
-from collections.abc import Sequence
+import heapq
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,158 +17,245 @@ import torch
 from torch import Tensor
 
 from vllm_spindle.baselines.base import PromptLayer, ReducedLayer, take
-from vllm_spindle.baselines.profiled import Profile, Profiled
+from vllm_spindle.choice_rule import choice_rule
+from vllm_spindle.config import SpindleConfig
+from vllm_spindle.core.choice import rank_context
+from vllm_spindle.core.observers import first_observed, observed_positions
 from vllm_spindle.hf_layers import QueryCache, enable
 
-LINEAR_STEP = 1 / 6  # of the prompt, while a layer keeps more than half of it
-SHRINK = 2 / 3  # below that, of what it keeps
-SPACING = 0.05  # of the ratios that are written down
+LINEAR_STEP = 0.25  # of the context, while a head keeps more than half of it
+SHRINK = 0.7  # below that, of what it keeps
+FLOOR = 0.03  # of the context, which a head keeps in any case
+SPACING = 0.05  # of the mean shares that are written down
+LEAST_MEAN = 0.08  # where the way down ends
+
+Shares = list[list[float]]
+"""Share of the context that each head keeps, [L][K]."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt to reduce, and what is asked of it.
+
+    Attributes:
+        prompt_ids: [P].
+        followups: token ids of each question behind the prompt, in turn; ``[[]]`` if there is one
+            and it stands in the prompt.
+        num_new: most tokens of an answer.
+    """
+
+    prompt_ids: Sequence[int]
+    followups: Sequence[Sequence[int]]
+    num_new: int
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A prompt, and what the model says to a question behind it or at its end.
+    """A prompt, and what the model says to its questions.
 
     Attributes:
         layers: the prompt's.
         ranked: each layer's context tokens, the most important first. [L] of [K, C].
-        unread: tokens to feed after the reduction: a question and its answer, the last left out.
+        unread: tokens to feed after the reduction: questions and answers. [1, N].
         rereads: whether the first of them is the prompt's last token again.
-        log_probs: the model's own, at the answer. [N, V].
+        rows: which of them are followed by a token of an answer. [n].
+        log_probs: the model's own, there. [n, V].
     """
 
     layers: list[PromptLayer]
     ranked: list[Tensor]
     unread: Tensor
     rereads: bool
+    rows: Tensor
     log_probs: Tensor
 
 
 @torch.inference_mode()
-def read(
-    model: Any, method: Profiled, prompt_ids: Sequence[int], followup: Sequence[int], num_new: int
-) -> Asked:
-    """A prompt and the model's own greedy answer over all of it.
+def read(model: Any, config: SpindleConfig, question: Question, stop_ids: set[int]) -> Asked:
+    """A prompt and the model's own greedy answers over all of it.
 
     Args:
         model: one that passed ``hf_layers.enable``.
-        method: whose scores and window.
-        prompt_ids: [P].
-        followup: a question behind the prompt; empty if it is in the prompt.
-        num_new: tokens of the answer.
+        config: how tokens are chosen, and how many recent ones are kept.
+        question: the prompt, and what is asked.
+        stop_ids: tokens that end an answer.
     """
     cache = QueryCache(model.config)
-    out = model(torch.tensor([list(prompt_ids)]), past_key_values=cache, logits_to_keep=1)
+    device = model.device
+    prompt = torch.tensor([list(question.prompt_ids)], device=device)
+    model(prompt, past_key_values=cache, logits_to_keep=1)
     layers = cache.prompt(None)
-    question = list(followup) or [prompt_ids[-1]]
-    if not followup:
+    rereads = not question.followups[0]
+    if rereads:
         cache.crop(-1)
-    out = model(torch.tensor([question]), past_key_values=cache, logits_to_keep=1)
-    answer, rows = [], []
-    for _ in range(num_new):
-        rows.append(out.logits[0, -1].float().log_softmax(-1))
-        answer.append(int(rows[-1].argmax()))
-        if len(answer) < num_new:
-            out = model(torch.tensor([answer[-1:]]), past_key_values=cache)
-    num_context = layers[0].num_tokens - method.window
-    scores = [method.importance(layer, num_context) for layer in layers]
-    ranked = [each.argsort(-1, descending=True) for each in scores]
-    unread = torch.tensor([question + answer[:-1]])
-    return Asked(layers, ranked, unread, not followup, torch.stack(rows))
+    unread: list[int] = [question.prompt_ids[-1]] if rereads else []
+    rows: list[int] = []
+    log_probs: list[Tensor] = []
+    fed = 0
+    for followup in question.followups:
+        unread += followup
+        for _ in range(question.num_new):
+            ids = torch.tensor([unread[fed:]], device=device)
+            fed = len(unread)
+            out = model(ids, past_key_values=cache, logits_to_keep=1)
+            rows.append(fed - 1)
+            log_probs.append(out.logits[0, -1].float().log_softmax(-1))
+            unread.append(int(log_probs[-1].argmax()))
+            if unread[-1] in stop_ids:
+                break
+    ranked = [_rank(config, layer) for layer in layers]
+    ids = torch.tensor([unread[:fed]], device=device)
+    return Asked(layers, ranked, ids, rereads, torch.tensor(rows), torch.stack(log_probs))
+
+
+def _rank(config: SpindleConfig, layer: PromptLayer) -> Tensor:
+    """The context by importance, as the engine ranks it. [K, C]."""
+    num_tokens = layer.num_tokens
+    first = first_observed(
+        num_tokens,
+        window=config.window,
+        observers=config.num_observers,
+        prefix_tokens=0,
+        shared_tokens=0,
+    )
+    observed = observed_positions(
+        num_tokens, window=config.window, observers=config.num_observers, first=first
+    )
+    positions = torch.from_numpy(observed)
+    num_context = num_tokens - config.recent
+    return rank_context(
+        choice_rule(config, seed=config.seed),
+        layer.queries[:, :, positions],
+        layer.keys,
+        positions,
+        scale=layer.scale,
+        num_context=num_context,
+        num_kept=num_context,
+    )
 
 
 @torch.inference_mode()
-def divergence(model: Any, asked: Asked, shares: Sequence[float]) -> float:
-    """KL of the answer's distributions, nats, where each layer keeps its share of the prompt."""
+def divergence(model: Any, asked: Asked, shares: Shares) -> float:
+    """KL of the answers' distributions, nats a token, where each head keeps its share."""
     cache = QueryCache(model.config)
-    for own, layer, ranked, share in zip(
+    for own, layer, ranked, heads in zip(
         cache.layers, asked.layers, asked.ranked, shares, strict=True
     ):
-        num_context = ranked.shape[1]
-        num_kept = round(share * layer.num_tokens) - (layer.num_tokens - num_context)
-        kept = ranked[:, : max(0, num_kept)].sort(-1).values
         own.load(layer)
-        own.reduce(
-            ReducedLayer(
-                keys=take(layer.keys, kept),
-                values=take(layer.values, kept),
-                is_there=torch.ones_like(kept, dtype=torch.bool),
-                positions=kept,
-                num_context=num_context,
-                num_bytes=0,  # nobody asks
-            )
-        )
+        own.reduce(_keep(layer, ranked, heads))
     if asked.rereads:
         cache.crop(-1)
-    num_rows = len(asked.log_probs)
-    out = model(asked.unread, past_key_values=cache, logits_to_keep=num_rows)
-    found = out.logits[0].float().log_softmax(-1)
+    out = model(asked.unread, past_key_values=cache)
+    found = out.logits[0, asked.rows].float().log_softmax(-1)
     return float((asked.log_probs.exp() * (asked.log_probs - found)).sum(-1).mean())
+
+
+def _keep(layer: PromptLayer, ranked: Tensor, heads: Sequence[float]) -> ReducedLayer:
+    num_context = ranked.shape[1]
+    counts = torch.tensor([round(share * num_context) for share in heads], device=ranked.device)
+    best = ranked[:, : int(counts.max())]
+    is_there = torch.arange(best.shape[1], device=ranked.device) < counts[:, None]
+    return ReducedLayer(
+        keys=take(layer.keys, best),
+        values=take(layer.values, best),
+        is_there=is_there,
+        positions=best,
+        num_context=num_context,
+        num_bytes=0,  # nobody asks
+    )
 
 
 def measure_profile(
     model: Any,
-    method: Profiled,
-    prompts: Sequence[tuple[Sequence[int], Sequence[int]]],
+    config: SpindleConfig,
+    questions: Sequence[Question],
     *,
-    num_new: int = 8,
-    least_ratio: float = 0.1,
-    trust: float = 0.5,
-    bands: Sequence[range] | None = None,
-) -> Profile:
+    stop_ids: set[int] = frozenset(),  # type: ignore[assignment]
+    trust: float = 0.8,
+    on_step: Callable[[float, float], None] = lambda mean, loss: None,
+) -> dict[float, Shares]:
     """The profile of a model on prompts of the kind that it will be asked.
 
     Args:
         model: a causal language model of transformers; its attention will pass through ours.
-        method: whose scores and window.
-        prompts: token ids of a prompt, and of a question behind it, empty if it is in the prompt.
-        num_new: tokens of each answer.
-        least_ratio: where to stop.
-        trust: how far to go from all layers alike to what was measured, [0, 1]. Half-way: a dozen
-            prompts say too little to leave a layer with its window alone.
-        bands: layers that go together; each for itself by default.
+        config: how tokens are chosen.
+        questions: what to measure on.
+        stop_ids: tokens that end an answer.
+        trust: how far to go from all heads alike to what was measured, [0, 1]: some dozen prompts
+            say too little to leave a head with next to nothing.
+        on_step: told the mean share and the loss, nats a token, of every step.
+
+    Returns:
+        Mean share -> share of each head; see ``core/profile.py: make_profile``.
     """
     enable(model)
-    asked = [read(model, method, *prompt, num_new) for prompt in prompts]
-    num_layers = len(asked[0].layers)
-    bands = bands or [range(i, i + 1) for i in range(num_layers)]
-    # A layer keeps its window whatever happens.
-    floor = max(method.window / each.layers[0].num_tokens for each in asked)
-    path = [[1.0] * num_layers]
-    while _mean(path[-1]) > least_ratio:
-        candidates = [less for band in bands if (less := _less(path[-1], band, floor)) != path[-1]]
-        if not candidates:
-            break
-        path.append(
-            min(candidates, key=lambda less: sum(divergence(model, each, less) for each in asked))
-        )
+    asked = [read(model, config, question, set(stop_ids)) for question in questions]
+
+    def loss(shares: Shares) -> float:
+        return sum(divergence(model, each, shares) for each in asked) / len(asked)
+
+    num_layers, num_heads = len(asked[0].layers), asked[0].ranked[0].shape[0]
+    path = []
+    for shares, found in _way_down([[1.0] * num_heads for _ in range(num_layers)], loss):
+        path.append(shares)
+        on_step(_mean(shares), found)
     return _thin(path, trust)
 
 
-def _less(shares: Sequence[float], band: range, floor: float) -> list[float]:
-    """One band a step further down."""
-    less = list(shares)
-    for i in band:
-        step = shares[i] - LINEAR_STEP if shares[i] > 0.5 else shares[i] * SHRINK
-        less[i] = max(step, floor)
-    return less
+def _way_down(start: Shares, loss: Callable[[Shares], float]) -> Iterator[tuple[Shares, float]]:
+    """Shares and their loss, step by step, from ``start`` on.
+
+    A step's price only grows while others are taken: the cheapest by old prices is priced again,
+    and taken if it is still the cheapest. So a step costs a few measurements, not one a head.
+    """
+    current, now = start, 0.0
+    yield current, now
+    prices: list[tuple[float, int, int]] = []  # nats per share freed, layer, head
+
+    def price(layer: int, head: int) -> tuple[float, Shares, float]:
+        less = [list(heads) for heads in current]
+        less[layer][head] = _less(current[layer][head])
+        found = loss(less)
+        return (found - now) / (current[layer][head] - less[layer][head]), less, found
+
+    for layer, heads in enumerate(start):
+        for head in range(len(heads)):
+            heapq.heappush(prices, (price(layer, head)[0], layer, head))
+    while prices and _mean(current) > LEAST_MEAN:
+        _, layer, head = heapq.heappop(prices)
+        asked, less, found = price(layer, head)
+        if prices and asked > prices[0][0]:
+            heapq.heappush(prices, (asked, layer, head))
+            continue
+        current, now = less, found
+        yield current, now
+        if current[layer][head] > FLOOR:
+            heapq.heappush(prices, (asked, layer, head))
 
 
-def _thin(path: Sequence[Sequence[float]], trust: float) -> Profile:
-    """Points at round ratios, on the lines between the steps of the way down, ``trust`` of them."""
-    profile: dict[float, tuple[float, ...]] = {}
+def _less(share: float) -> float:
+    """A step further down."""
+    return max(share - LINEAR_STEP if share > 0.5 else share * SHRINK, FLOOR)
+
+
+def _thin(path: Sequence[Shares], trust: float) -> dict[float, Shares]:
+    """Points at round means, on the lines between the steps of the way down, ``trust`` of them."""
+    points: dict[float, Shares] = {}
     for above, below in zip(path, path[1:], strict=False):
         high, low = _mean(above), _mean(below)
-        first, last = round(high / SPACING), round(low / SPACING)
-        for point in range(first, last - 1, -1):
-            ratio = round(point * SPACING, 4)
-            if low <= ratio <= high:
-                part = (ratio - low) / (high - low)
-                pairs = zip(below, above, strict=True)
-                found = (b + part * (a - b) for b, a in pairs)
-                profile[ratio] = tuple(round(trust * f + (1 - trust) * ratio, 4) for f in found)
-    return profile
+        for point in range(int(high / SPACING), int(low / SPACING), -1):
+            mean = round(point * SPACING, 4)
+            if low < mean <= high:
+                part = (mean - low) / (high - low)
+                points[mean] = [
+                    [
+                        round(trust * (b + part * (a - b)) + (1 - trust) * mean, 4)
+                        for a, b in zip(up, down, strict=True)
+                    ]
+                    for up, down in zip(above, below, strict=True)
+                ]
+    return points
 
 
-def _mean(shares: Sequence[float]) -> float:
-    return sum(shares) / len(shares)
+def _mean(shares: Shares) -> float:
+    return sum(map(sum, shares)) / (len(shares) * len(shares[0]))

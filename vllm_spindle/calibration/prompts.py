@@ -17,6 +17,25 @@ def load_tokenizer(model: str) -> Any | None:
         return None
 
 
+def load_causal_model(model: str, dtype: str, **options: Any) -> Any:
+    """A causal language model, for inference. options: of transformers.
+
+    Raises:
+        ValueError: if transformers cannot load it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"MODEL={model}: transformers cannot load it ({reason})") from None
+    return loaded.eval()
+
+
 def read_prompts(path: str, tokenizer: Any | None, num_prompts: int) -> list[list[int]]:
     """Token ids of the first ``num_prompts`` lines of a file, empty ones skipped.
 
@@ -25,14 +44,26 @@ def read_prompts(path: str, tokenizer: Any | None, num_prompts: int) -> list[lis
     Raises:
         ValueError: if the file or a line cannot be read.
     """
+    return [
+        token_ids(line, tokenizer, f"--prompts={path}: line {i}")
+        for i, line in numbered_lines(path, num_prompts)
+    ]
+
+
+def numbered_lines(path: str, num_lines: int) -> list[tuple[int, str]]:
+    """The first ``num_lines`` lines of a file that are not empty, with their numbers.
+
+    Raises:
+        ValueError: if it cannot be read, or has none.
+    """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--prompts={path}: cannot read it ({error})") from None
-    numbered = [(i, line) for i, line in enumerate(lines, 1) if line.strip()][:num_prompts]
+    numbered = [(i, line) for i, line in enumerate(lines, 1) if line.strip()][:num_lines]
     if not numbered:
         raise ValueError(f"--prompts={path}: no prompts in it; one a line, text or JSON")
-    return [_token_ids(line, tokenizer, f"--prompts={path}: line {i}") for i, line in numbered]
+    return numbered
 
 
 def needle_prompts(tokenizer: Any, num_prompts: int, num_tokens: int) -> list[list[int]]:
@@ -53,7 +84,8 @@ def speaks_needle(model: str, tokenizer: Any | None) -> bool:
     return "dialect" not in json.loads(config.read_text(encoding="utf-8"))
 
 
-def _token_ids(line: str, tokenizer: Any | None, where: str) -> list[int]:
+def token_ids(line: str, tokenizer: Any | None, where: str) -> list[int]:
+    """Token ids of one line's prompt."""
     prompt: Any = line
     if line.lstrip().startswith("{"):
         try:

@@ -14,10 +14,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vllm_spindle.baselines.base import PromptLayer
 from vllm_spindle.calibration.capture import CapturedPrompt, Context
+from vllm_spindle.choice_rule import choice_rule
 from vllm_spindle.config import MethodName
 from vllm_spindle.core.admission import Admitted
 from vllm_spindle.core.budget import BandPlan
-from vllm_spindle.core.choice import ChoiceRule, rank_context
+from vllm_spindle.core.choice import keep_by_head, rank_context
 from vllm_spindle.core.codebook import Codebook, ScopeName, cover_heads
 from vllm_spindle.core.eviction import gather_kept
 from vllm_spindle.core.rotary import rotate_keys, unrotate_keys
@@ -96,11 +97,8 @@ def reduce_prompt(
         context = dense(layer.keys[:, :num_context], layer.values[:, :num_context])
         return Reduced(context, num_context, everything)
     config = policy.config
-    rule = ChoiceRule(config.score, config.pool_kernel, config.gqa, seed, config.window)
-    positions = torch.from_numpy(policy.observed(layer.num_tokens, [plan]))
-    # A captured prompt has the queries of its last tokens alone.
-    rows = positions - (layer.num_tokens - layer.queries.shape[2])
-    queries = layer.queries[:, :, rows]
+    rule = choice_rule(config, seed=seed)
+    queries, positions = _observed(policy, plan, layer)
 
     def rank(num_kept: int) -> Tensor:
         return rank_context(
@@ -114,6 +112,10 @@ def reduce_prompt(
             num_protected=num_protected,
         )
 
+    if policy.profile is not None:
+        counts = policy.head_blocks(layer.layer_idx, plan, range(layer.keys.shape[0]))
+        ranked = rank(max(counts) * policy.block_size)
+        return _by_head(layer, num_context, num_protected, ranked, counts, policy.block_size)
     if method == "evict":
         kept = _sorted(rank(plan.reduced_blocks * policy.block_size // _num_copies(policy)))
         heads = torch.arange(layer.keys.shape[0])
@@ -146,6 +148,39 @@ def reduce_prompt(
     keys, values, is_there = (torch.cat([before, after], dim=1) for before, after in merged)
     positions = torch.cat([prefix_positions, positions], dim=1)
     return Reduced((keys, values, is_there), num_context, positions, overflow)
+
+
+def _observed(policy: SpindlePolicy, plan: BandPlan, layer: PromptLayer) -> tuple[Tensor, Tensor]:
+    """Queries that score, [K, G, Q, D], and their positions, [Q]."""
+    if layer.repeated is not None:
+        return layer.repeated, layer.num_tokens + torch.arange(layer.repeated.shape[2])
+    positions = torch.from_numpy(policy.observed(layer.num_tokens, [plan]))
+    # A captured prompt has the queries of its last tokens alone.
+    rows = positions - (layer.num_tokens - layer.queries.shape[2])
+    return layer.queries[:, :, rows], positions
+
+
+def _by_head(
+    layer: PromptLayer,
+    num_context: int,
+    num_protected: int,
+    ranked: Tensor,
+    counts: Sequence[int],
+    block_size: int,
+) -> Reduced:
+    """Each kv head in blocks of its own. ranked: positions, best first, [K, most tokens]."""
+    prefix = torch.arange(num_protected)
+    kept = keep_by_head(ranked.cpu(), [count * block_size for count in counts])
+    kept = [torch.cat([prefix, each]) for each in kept]
+    lengths = torch.tensor([len(each) for each in kept])
+    positions = pad_sequence(kept, batch_first=True).to(layer.keys.device)
+    is_there = torch.arange(positions.shape[1]) < lengths[:, None]
+    context = (
+        gather_kept(layer.keys, positions),
+        gather_kept(layer.values, positions),
+        is_there.to(layer.keys.device),
+    )
+    return Reduced(context, num_context, positions)
 
 
 def dense(keys: Tensor, values: Tensor) -> Context:

@@ -15,8 +15,9 @@ from vllm_spindle.baselines.base import PromptLayer
 from vllm_spindle.baselines.paper import cover_copies
 from vllm_spindle.calibration.attention import attend
 from vllm_spindle.calibration.capture import CapturedPrompt
+from vllm_spindle.choice_rule import choice_rule
 from vllm_spindle.core.budget import BandPlan
-from vllm_spindle.core.choice import ChoiceRule, rank_context
+from vllm_spindle.core.choice import rank_context
 from vllm_spindle.core.codebook_bytes import dense_bytes, paper_ratio, true_bytes
 from vllm_spindle.policy import SpindlePolicy
 
@@ -48,7 +49,7 @@ def unfold_layer(
     queries = layer.queries[:, :, : -len(prompt.answer)]
     observed = torch.from_numpy(policy.observed(prompt.prompt_len, [plan]))
     kept = rank_context(
-        ChoiceRule(config.score, config.pool_kernel, "unfold", config.seed, config.window),
+        choice_rule(config, seed=config.seed, gqa="unfold"),
         queries[:, :, observed - (prompt.prompt_len - queries.shape[2])],
         layer.keys[:, : prompt.prompt_len],
         observed,

@@ -64,6 +64,11 @@ def run(args: argparse.Namespace) -> int:
         if args.keep_ratio is not None:
             raise ValueError(f"--keep-ratio={args.keep_ratio}: must be below 1, or nothing is lost")
         base = base.model_copy(update={"keep_ratio": DEFAULT_KEEP_RATIO})
+    if base.budget == "measured":
+        raise ValueError(
+            "--budget=measured: kv heads that differ cannot have codebooks to compare with; use "
+            "uniform or pyramid here, and 'vllm-spindle profile' for measured budgets"
+        )
     if base.gqa == "unfold":
         raise ValueError(
             "--gqa=unfold: is measured beside whatever is chosen, and cannot be served with "
@@ -71,7 +76,9 @@ def run(args: argparse.Namespace) -> int:
         )
     # Measured without: a prefix is kept as it is, whatever is chosen for the rest.
     protected = {"protected_prefix_tokens": base.protected_prefix_tokens}
-    base = base.model_copy(update={"protected_prefix_tokens": 0})
+    # A codebook's kv heads are alike, so all methods are compared with heads alike.
+    alike = {"budget": "uniform" if base.budget == "auto" else base.budget}
+    base = base.model_copy(update={"protected_prefix_tokens": 0, **alike})
     geometry = read_geometry(args.model)
     key_shares = KEY_SHARES if args.key_share is None else (base.key_share,)
     policies = [

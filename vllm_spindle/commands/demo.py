@@ -16,7 +16,7 @@ from typing import Any
 from vllm_spindle.commands.dials import add_dials, read_dials
 from vllm_spindle.commands.geometry import ModelGeometry, read_geometry
 from vllm_spindle.commands.plan import make_report
-from vllm_spindle.config import SpindleConfig
+from vllm_spindle.config import SpindleConfig, with_profile
 from vllm_spindle.policy import SpindlePolicy
 
 SIDES = ("stock", "plugin")
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.keep_ratio is None and args.config is None:
         args.keep_ratio = "0.25"
-    config = read_dials(args)
+    config = with_profile(read_dials(args), args.model)
     if not config.is_on:
         raise ValueError("--keep-ratio=1.0: nothing to show, choose one below 1, such as 0.25")
     questions = _questions(args)

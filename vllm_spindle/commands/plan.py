@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm_spindle.commands.dials import add_dials, read_dials
 from vllm_spindle.commands.geometry import ModelGeometry, read_geometry
+from vllm_spindle.config import with_profile
 from vllm_spindle.core.budget import BandPlan
 from vllm_spindle.core.codebook_bytes import paper_ratio
 from vllm_spindle.engine.codebook_shape import codebook_shape
@@ -217,7 +218,7 @@ def run(args: argparse.Namespace) -> int:
     for flag, value in (("--prompt-len", args.prompt_len), ("--block-size", args.block_size)):
         if value < 1:
             raise ValueError(f"{flag}={value}: must be at least 1")
-    config = read_dials(args)
+    config = with_profile(read_dials(args), args.model)
     geometry = read_geometry(args.model, args.dtype)
     if geometry.max_len is not None and args.prompt_len > geometry.max_len:
         raise ValueError(

@@ -21,9 +21,11 @@ from fractions import Fraction
 from typing import Literal
 
 from vllm_spindle.core.bands import band_ratios, pyramid_ratios
+from vllm_spindle.core.budget_sharing import share_out
 from vllm_spindle.core.observers import first_observed
+from vllm_spindle.core.profile import Profile, shares_at
 
-BudgetShape = Literal["pyramid", "uniform"]
+BudgetShape = Literal["pyramid", "uniform", "measured"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,8 @@ class BandPlan:
 
     ``observed_from`` counts tokens, and is the same in every band: the request computes the
     queries of the tokens from there on by itself, for its scores (``core/observers.py``).
+    ``context_share`` is the share of the context that all bands together keep: what measured
+    budgets are looked up by (``core/profile.py``).
     """
 
     first_block: int
@@ -39,6 +43,7 @@ class BandPlan:
     prompt_blocks: int
     prefix_blocks: int = 0
     observed_from: int = 0
+    context_share: Fraction = Fraction(0)
 
     @property
     def context_blocks(self) -> int:
@@ -91,28 +96,6 @@ def num_blocks(num_tokens: int, block_size: int) -> int:
     return -(-num_tokens // block_size)
 
 
-def share_out(quotas: Sequence[Fraction], total: int, *, floor: int, cap: int) -> list[int]:
-    """Integers that sum to ``total``, each as near to its quota as that allows.
-
-    Largest remainder, ties to the earlier (shallower) entry; every share lies in
-    ``[floor, cap]``.
-
-    Raises:
-        ValueError: if ``total`` cannot be met within the bounds.
-    """
-    if not floor * len(quotas) <= total <= cap * len(quotas):
-        raise ValueError(f"cannot share {total} among {len(quotas)} within [{floor}, {cap}]")
-    shares = [min(max(int(quota), floor), cap) for quota in quotas]
-    by_shortfall = sorted(range(len(quotas)), key=lambda i: (shares[i] - quotas[i], i))
-    step = 1 if sum(shares) < total else -1
-    order = by_shortfall if step == 1 else by_shortfall[::-1]
-    while sum(shares) != total:
-        for i in order:
-            if sum(shares) != total and floor <= shares[i] + step <= cap:
-                shares[i] += step
-    return shares
-
-
 def plan_prompt(
     prompt_len: int,
     *,
@@ -122,6 +105,7 @@ def plan_prompt(
     bands: Sequence[range],
     beta: Fraction,
     shape: BudgetShape = "pyramid",
+    profile: Profile | None = None,
     unit_blocks: int = 1,
     min_prompt_len: int = 0,
     protected_tokens: int = 0,
@@ -141,7 +125,8 @@ def plan_prompt(
         block_size: tokens per block.
         bands: layers of each band, shallow to deep.
         beta: pyramid floor (see ``pyramid_ratios``).
-        shape: ``pyramid``, or ``uniform`` for the same share in every band.
+        shape: ``pyramid``, ``uniform`` for the same share in every band, or ``measured``.
+        profile: what was measured.
         unit_blocks: region sizes are multiples of this (``gqa: unfold`` needs one block per
             query head of a group).
         min_prompt_len: what is shorter, the protected prefix apart, is kept whole.
@@ -168,6 +153,11 @@ def plan_prompt(
     ratios = [context_ratio] * len(bands)
     if shape == "pyramid":
         ratios = band_ratios(pyramid_ratios(num_layers, context_ratio, beta), bands)
+    elif shape == "measured":
+        assert profile is not None
+        shares_of_heads = shares_at(profile, context_ratio)
+        layers = [sum(heads, Fraction(0)) / len(heads) for heads in shares_of_heads]
+        ratios = band_ratios(layers, bands)
     # A band left with recent tokens alone can no longer see the context: each gets a unit first.
     floor = 1 if budget >= len(bands) else 0
     shares = share_out([r * cap for r in ratios], budget, floor=floor, cap=cap)
@@ -180,6 +170,8 @@ def plan_prompt(
         shared_tokens=min(first_blocks) * block_size,
     )
     return tuple(
-        BandPlan(first_block, tail_block, prompt_blocks, prefix_blocks, observed_from)
+        BandPlan(
+            first_block, tail_block, prompt_blocks, prefix_blocks, observed_from, context_ratio
+        )
         for first_block in first_blocks
     )

@@ -5,6 +5,7 @@ same tokens. Shapes: K kv heads, G query heads per kv head, Q observed queries, 
 among them, T prompt tokens, N tokens to keep, D head size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -25,13 +26,18 @@ from vllm_spindle.core.scoring import (
 
 @dataclass(frozen=True, slots=True)
 class ChoiceRule:
-    """How a layer chooses. ``seed`` serves only the random baseline, ``window`` counts tokens."""
+    """How a layer chooses.
+
+    ``seed`` serves only the random baseline, ``window`` counts tokens, ``last_query`` gives the
+    last of them a turn of its own under ``received``.
+    """
 
     score: ScoreName
     pool_kernel: int
     gqa: GqaName
     seed: int = 0
     window: int = 32
+    last_query: bool = True
 
 
 def choose_kept(
@@ -96,6 +102,16 @@ def rank_context(
     )
 
 
+def keep_by_head(ranked: Tensor, counts: Sequence[int]) -> list[Tensor]:
+    """Positions that each kv head keeps, ascending, where heads keep different numbers.
+
+    Args:
+        ranked: best first. [K, at least the most].
+        counts: of each head. [K].
+    """
+    return [head[:count].sort().values for head, count in zip(ranked, counts, strict=True)]
+
+
 def _importance(
     rule: ChoiceRule,
     queries: Tensor,
@@ -116,6 +132,11 @@ def _importance(
     asked = pooled_importance(attention, num_context, pool_kernel=rule.pool_kernel)
     if rule.score == "pooled":
         return asked
+    if rule.last_query:
+        # A sum over the window drowns what the one query that answers would look at next.
+        last = window_attention(queries[:, :, -1:], keys, scale)
+        last = pooled_importance(last, num_context, pool_kernel=rule.pool_kernel)
+        asked = in_turns(last, asked)
     received = received_attention(
         queries, keys, scale, positions=positions, min_distance=MIN_DISTANCE, reduction="max"
     )

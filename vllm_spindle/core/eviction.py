@@ -63,7 +63,7 @@ def rank_union(scores: Tensor, num_kept: int) -> Tensor:
     if group == 1:
         return _top(scores[:, 0], num_kept)
     # No head's rank beyond N can enter: one head alone fills the budget by then.
-    best = torch.topk(scores, num_kept, dim=-1).indices
+    best = _top(scores, num_kept)
     turn = torch.arange(num_kept * group, device=scores.device).view(num_kept, group).T
     turns = scores.new_full((num_kv_heads, num_context), num_kept * group, dtype=torch.int64)
     turns.scatter_reduce_(
@@ -73,7 +73,8 @@ def rank_union(scores: Tensor, num_kept: int) -> Tensor:
 
 
 def _top(scores: Tensor, num_kept: int) -> Tensor:
-    return torch.topk(scores, num_kept, dim=-1).indices
+    # Stable: of equals, which pooling and means make many, the earlier token, whatever is kept.
+    return scores.argsort(dim=-1, descending=True, stable=True)[..., :num_kept]
 
 
 def gather_kept(tokens: Tensor, kept: Tensor) -> Tensor:

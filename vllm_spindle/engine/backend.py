@@ -18,9 +18,11 @@ from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
 
 from vllm_spindle.engine.active import active_reduction
 from vllm_spindle.engine.graphs import may_be_captured
+from vllm_spindle.engine.head_table import HeadTable, pages
 from vllm_spindle.engine.region_rows import RegionRows
 from vllm_spindle.engine.shifted_table import ShiftedTable
 from vllm_spindle.engine.spec import SpindleSpec
+from vllm_spindle.engine.step import HeadRows
 from vllm_spindle.kernels.decode_rows import DeviceRows
 
 
@@ -48,6 +50,21 @@ class CodebookMetadata:
     num_actual_tokens: int
 
 
+@dataclass(frozen=True)
+class HeadMetadata:
+    """Measured budgets: per layer, the stock metadata of a batch with a row for each kv head.
+
+    Attributes:
+        per_layer: by layer index.
+        num_kv_heads: of this rank (K).
+        num_actual_tokens: of the step (T).
+    """
+
+    per_layer: dict[int, Any]
+    num_kv_heads: int
+    num_actual_tokens: int
+
+
 class SpindleBuilderMixin:
     """Builds the stock metadata from shifted tables."""
 
@@ -69,6 +86,12 @@ class SpindleBuilderMixin:
         block_size, max_rows = kv_cache_spec.block_size, vllm_config.scheduler_config.max_num_seqs
         self._band = kv_cache_spec.band
         self._is_unfold = policy.config.gqa == "unfold"
+        self._head_tables: dict[int, HeadTable] = {}
+        if policy.profile is not None:
+            self._head_tables = {
+                layer_idx: HeadTable(layer, kv_cache_spec.num_kv_heads, block_size)
+                for layer, layer_idx in enumerate(policy.bands[self._band])
+            }
         num_copies = policy.num_queries_per_kv if self._is_unfold else 1
         self._tables = [ShiftedTable(i, block_size, max_rows) for i in range(num_copies)]
         self._regions: RegionRows | None = None
@@ -84,6 +107,11 @@ class SpindleBuilderMixin:
         fast_build: bool = False,
     ) -> Any:
         reduction = active_reduction()
+        if self._head_tables:
+            heads = reduction.step.heads[self._band] if reduction is not None else None
+            if heads is None:
+                return super().build(common_prefix_len, common_attn_metadata, fast_build)
+            return self._build_heads(common_attn_metadata, heads, fast_build)
         rows = reduction.step.bands[self._band] if reduction is not None else None
         if rows is None and not self._may_be_captured:
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
@@ -108,6 +136,22 @@ class SpindleBuilderMixin:
         if self._regions is None and not self._is_unfold:
             return super().build_for_cudagraph_capture(common_attn_metadata)
         return self.build(0, common_attn_metadata)
+
+    def _build_heads(
+        self, common: CommonAttentionMetadata, rows: HeadRows, fast_build: bool
+    ) -> "HeadMetadata":
+        """A row for each kv head, layer by layer."""
+        per_layer = copy.copy(self)
+        per_layer.num_heads, per_layer.num_kv_heads = self.num_heads // self.num_kv_heads, 1
+        stock_build = super(SpindleBuilderMixin, per_layer).build
+        return HeadMetadata(
+            {
+                layer_idx: stock_build(0, table.split(common, rows), fast_build)
+                for layer_idx, table in self._head_tables.items()
+            },
+            self.num_kv_heads,
+            common.num_actual_tokens,
+        )
 
     def _build_unfold(
         self, common_prefix_len: int, shifted: list[CommonAttentionMetadata], fast_build: bool
@@ -148,6 +192,25 @@ class SpindleImplMixin:
             decoder = reduction.decoder(extract_layer_index(layer.layer_name))
             num_tokens = attn_metadata.num_actual_tokens
             decoder(query[:num_tokens], output[:num_tokens], kv_cache, attn_metadata.rows)
+            return output
+        if isinstance(attn_metadata, HeadMetadata):
+            metadata = attn_metadata.per_layer[extract_layer_index(layer.layer_name)]
+            num_tokens, num_heads = attn_metadata.num_actual_tokens, attn_metadata.num_kv_heads
+            # [T, K * G, D] -> [K * T, G, D], kv head after kv head.
+            by_head = query[:num_tokens].unflatten(1, (num_heads, -1)).transpose(0, 1)
+            head_output = torch.empty(by_head.shape, dtype=query.dtype, device=query.device)
+            super().forward(
+                layer,
+                by_head.flatten(0, 1).contiguous(),
+                key,
+                value,
+                pages(kv_cache)[0],
+                metadata,
+                head_output.flatten(0, 1),
+                *args,
+                **kwargs,
+            )
+            output[:num_tokens] = head_output.transpose(0, 1).flatten(1, 2)
             return output
         if not isinstance(attn_metadata, UnfoldMetadata):
             return super().forward(

@@ -15,7 +15,9 @@ from vllm_spindle.config import (
     load_config,
     parse_keep_ratio,
     parse_protected_prefix,
+    with_profile,
 )
+from vllm_spindle.engine.platforms import CUDA, target
 from vllm_spindle.policy import SpindlePolicy
 
 SECTION = "spindle"
@@ -44,6 +46,21 @@ def resolve(vllm_config: VllmConfig, config: SpindleConfig) -> None:
     Workers may run in another folder or on another host, and must not read the file again.
     """
     _additional(vllm_config)[SECTION] = config.model_dump()
+
+
+def fit(vllm_config: VllmConfig, config: SpindleConfig) -> SpindleConfig:
+    """The configuration for this model: what was measured on it beside what was asked for.
+
+    Raises:
+        ValueError: if it asks for a profile that there is not.
+    """
+    return with_profile(config, vllm_config.model_config.model, can_split=target() is not CUDA)
+
+
+def first_kv_head(vllm_config: VllmConfig, rank: int) -> int:
+    """Of all of a layer's kv heads, the first one that a tensor-parallel rank has."""
+    total = vllm_config.model_config.get_total_num_kv_heads()
+    return rank * total // vllm_config.parallel_config.tensor_parallel_size
 
 
 def policy_for(vllm_config: VllmConfig, config: SpindleConfig) -> SpindlePolicy:

@@ -10,30 +10,34 @@ Shapes: K kv heads, G query heads per kv head, T prompt tokens, D head size.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vllm_spindle.choice_rule import choice_rule
 from vllm_spindle.config import RequestOptions
 from vllm_spindle.core.budget import BandPlan
 from vllm_spindle.core.choice import ChoiceRule
 from vllm_spindle.core.modality import VisualCap
 from vllm_spindle.engine.cache_layout import CacheLayout, probe_layout
+from vllm_spindle.engine.head_table import pages
 from vllm_spindle.engine.regions import (
     CodebookRegion,
     CodebookStats,
     DenseRegion,
+    HeadRegion,
     LayerPrompt,
     ReducedLayer,
-    Region,
     make_region,
 )
 from vllm_spindle.engine.step import (
     BandRows,
     BatchView,
     CodebookRows,
+    HeadRows,
     PromptEnd,
     Step,
     WindowRows,
@@ -54,26 +58,42 @@ class ReductionStats:
     tokens_merged: list[float] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class PastRows:
+    """One band's rows whose prompts have been reduced, by what their regions hold."""
+
+    dense: BandRows | None = None
+    codebooks: CodebookRows | None = None
+    heads: HeadRows | None = None
+
+
 class Reducer:
     """Plans steps and reduces prompts for one worker."""
 
     def __init__(
-        self, policy: SpindlePolicy, bands: list[list[ReducedLayer]], stash: WindowStash
+        self,
+        policy: SpindlePolicy,
+        bands: list[list[ReducedLayer]],
+        stash: WindowStash,
+        first_kv_head: int = 0,
     ) -> None:
+        """For one rank, whose kv heads are all those of its caches, from ``first_kv_head`` on."""
         config = policy.config
         self.policy = policy
         self.bands = bands
         self.stash = stash
         self.num_copies = policy.num_queries_per_kv if config.gqa == "unfold" else 1
         head_size = bands[0][0].kv_cache.shape[-1] // 2
-        self.regions = [make_region(policy, band, head_size) for band in range(len(bands))]
+        num_kv_heads = bands[0][0].kv_cache.shape[1]
+        self.heads = range(first_kv_head, first_kv_head + num_kv_heads)
+        self.regions = [
+            make_region(policy, band, head_size, self.heads) for band in range(len(bands))
+        ]
         self._layout: CacheLayout | None = None
         self._plans: dict[str, tuple[BandPlan, ...]] = {}
         self._visual_masks: dict[str, Tensor] = {}
         self._past: list[str | None] = []
-        self._past_rows: tuple[tuple[BandRows | None, CodebookRows | None], ...] = (
-            (None, None),
-        ) * len(bands)
+        self._past_rows: tuple[PastRows, ...] = (PastRows(),) * len(bands)
         self._stats = self._empty_stats()
 
     @property
@@ -198,8 +218,9 @@ class Reducer:
             token += scheduled
         self._plan_rows(past)
         return Step(
-            bands=tuple(dense for dense, _ in self._past_rows),
-            codebooks=tuple(codebooks for _, codebooks in self._past_rows),
+            bands=tuple(rows.dense for rows in self._past_rows),
+            codebooks=tuple(rows.codebooks for rows in self._past_rows),
+            heads=tuple(rows.heads for rows in self._past_rows),
             window=WindowRows(torch.cat(sources), tuple(counts)) if sources else None,
             prompt_ends=tuple(ends),
         )
@@ -214,18 +235,21 @@ class Reducer:
         self._past = past
         plans = [self._plans[request_id] if request_id else None for request_id in past]
         self._past_rows = tuple(
-            self._band_rows(region, [p[band] if p else None for p in plans])
-            for band, region in enumerate(self.regions)
+            self._band_rows(band, [p[band] if p else None for p in plans])
+            for band in range(len(self.regions))
         )
 
-    def _band_rows(
-        self, region: Region, plans: list[BandPlan | None]
-    ) -> tuple[BandRows | None, CodebookRows | None]:
+    def _band_rows(self, band: int, plans: list[BandPlan | None]) -> "PastRows":
+        region = self.regions[band]
+        if isinstance(region, HeadRegion):
+            _, apart = pages(self.bands[band][0].kv_cache)
+            return PastRows(heads=HeadRows.of(plans, partial(self._head_blocks, band), apart))
         if isinstance(region, DenseRegion):
-            return BandRows.of(plans, self.num_copies), None
+            return PastRows(dense=BandRows.of(plans, self.num_copies))
+        assert isinstance(region, CodebookRegion)
         reduced = [(row, plan) for row, plan in enumerate(plans) if plan and plan.is_reduced]
         if not reduced:
-            return None, None
+            return PastRows()
         shapes = [region.shape(plan) for _, plan in reduced]
         codebooks = CodebookRows(
             rows=torch.tensor([row for row, _ in reduced]),
@@ -239,7 +263,12 @@ class Reducer:
             else None
             for plan in plans
         ]
-        return BandRows.of(tails, num_copies=1), codebooks
+        return PastRows(dense=BandRows.of(tails, num_copies=1), codebooks=codebooks)
+
+    def _head_blocks(self, band: int, plan: BandPlan) -> list[tuple[int, ...]]:
+        """Blocks of each kv head, layer by layer."""
+        layers = self.policy.bands[band]
+        return [self.policy.head_blocks(layer_idx, plan, self.heads) for layer_idx in layers]
 
     def reduce(
         self,
@@ -306,7 +335,7 @@ class Reducer:
         config = self.policy.config
         # The random baseline must not drop the same positions in every layer and prompt.
         seed = (config.seed * 1009 + layer_idx) * 65537 + prompt_len
-        return ChoiceRule(config.score, config.pool_kernel, config.gqa, seed, config.window)
+        return choice_rule(config, seed=seed)
 
 
 def _int32(rows: list[tuple[int, ...]]) -> Tensor:

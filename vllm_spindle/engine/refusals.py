@@ -55,6 +55,7 @@ def config_refusals(vllm_config: VllmConfig, config: SpindleConfig) -> list[Refu
         *_bands(vllm_config, config),
         *_codebooks(vllm_config, config),
         *_prefix(vllm_config, config),
+        *_profile(vllm_config, config),
     ]
     return found
 
@@ -182,6 +183,29 @@ def _prefix(vllm_config: VllmConfig, config: SpindleConfig) -> Iterator[Refusal]
             "auto",
             "prefixes are recognised by the prefix cache's hashes, and it is switched off",
             "remove --no-enable-prefix-caching, or give the prefix's length in tokens",
+        )
+
+
+def _profile(vllm_config: VllmConfig, config: SpindleConfig) -> Iterator[Refusal]:
+    if config.budget != "measured" or config.head_shares is None:
+        return
+    if target() is CUDA:
+        yield Refusal(
+            "budget",
+            "measured",
+            "kv heads with blocks of their own are served on the CPU alone so far",
+            "use budget uniform or pyramid",
+        )
+    model = vllm_config.model_config
+    _, shares = config.head_shares[0]
+    found = len(shares), len(shares[0])
+    has = model.get_num_layers(vllm_config.parallel_config), model.get_total_num_kv_heads()
+    if found != has:
+        yield Refusal(
+            "head_shares",
+            f"{found[0]} layers of {found[1]} kv heads",
+            f"this model has {has[0]} of {has[1]}",
+            "make them again with 'vllm-spindle profile MODEL', or use budget uniform",
         )
 
 

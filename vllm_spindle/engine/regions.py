@@ -13,11 +13,12 @@ from torch import Tensor
 
 from vllm_spindle.core.admission import Admitted
 from vllm_spindle.core.budget import BandPlan
-from vllm_spindle.core.choice import ChoiceRule, choose_kept, rank_context
+from vllm_spindle.core.choice import ChoiceRule, choose_kept, keep_by_head, rank_context
 from vllm_spindle.core.eviction import gather_kept
 from vllm_spindle.core.modality import VisualCap
 from vllm_spindle.core.rotary import unrotate_keys
 from vllm_spindle.engine.codebook_shape import codebook_shape
+from vllm_spindle.engine.head_table import pages
 from vllm_spindle.kernels.region import pack_region
 from vllm_spindle.kernels.region_shape import RegionShape
 from vllm_spindle.policy import SpindlePolicy
@@ -68,9 +69,9 @@ class LayerPrompt:
         """Positions of the context to keep, ascending."""
         return choose_kept(*self._scored(), **self._counts(scale, context, num_kept))
 
-    def rank(self, scale: float, context: range) -> Tensor:
-        """All positions of the context, the most important first."""
-        return rank_context(*self._scored(), **self._counts(scale, context, len(context)))
+    def rank(self, scale: float, context: range, num_kept: int) -> Tensor:
+        """Positions of the context, the most important first."""
+        return rank_context(*self._scored(), **self._counts(scale, context, num_kept))
 
     def _scored(self) -> tuple[ChoiceRule, Tensor, Tensor, Tensor]:
         return self.rule, self.queries, self.keys[:, : self.prompt_len], self.positions
@@ -148,6 +149,38 @@ class DenseRegion:
         return num_kept
 
 
+class HeadRegion:
+    """Eviction where each kv head of a layer has a number of pages of its own."""
+
+    def __init__(self, policy: SpindlePolicy, heads: range) -> None:
+        """Args: heads: kv heads of this rank."""
+        self._policy, self._heads = policy, heads
+
+    def fill(
+        self, layer: ReducedLayer, prompt: LayerPrompt, plan: BandPlan, region: Tensor
+    ) -> float:
+        block_size, num_heads = self._policy.block_size, len(self._heads)
+        blocks = self._policy.head_blocks(layer.layer_idx, plan, self._heads)
+        counts = [count * block_size for count in blocks]
+        context = context_tokens(plan, block_size)
+        kept = keep_by_head(prompt.rank(layer.scale, context, max(counts)), counts)
+        cache, apart = pages(layer.kv_cache)
+        own = region.unsqueeze(1) * apart + torch.arange(num_heads, device=region.device)
+        places = torch.arange(block_size, device=region.device)
+        slots = (own.flatten().unsqueeze(1) * block_size + places).flatten()
+        if len(slots):
+            layer.write(_rows(prompt.keys, kept), _rows(prompt.values, kept), cache, slots)
+        return sum(map(len, kept)) / num_heads
+
+
+def _rows(tokens: Tensor, kept: list[Tensor]) -> Tensor:
+    """Kept rows of each kv head, one after the other, as pages hold them. [N, 1, D].
+
+    tokens: [K, T, D].
+    """
+    return torch.cat([tokens[head, each] for head, each in enumerate(kept)]).unsqueeze(1)
+
+
 @dataclass
 class CodebookRegion:
     """Merging: entries, codes, norms and positions of the best tokens that find an entry."""
@@ -180,7 +213,7 @@ class CodebookRegion:
         heads = admit_layer(
             keys.cpu(),
             prompt.values[:, : context.stop].cpu(),
-            prompt.rank(layer.scale, context).cpu(),
+            prompt.rank(layer.scale, context, len(context)).cpu(),
             (self.policy.config.theta_key, self.policy.config.theta_value),
             (shape.num_key_entries, shape.num_value_entries, shape.num_tokens),
         )
@@ -200,7 +233,9 @@ class CodebookRegion:
             self.stats.similarity_sum += float(book.similarity.sum())
 
 
-def make_region(policy: SpindlePolicy, band: int, head_size: int) -> Region:
-    """The region of a band, by its method."""
+def make_region(policy: SpindlePolicy, band: int, head_size: int, heads: range) -> Region:
+    """The region of a band, by its method. heads: kv heads of this rank."""
+    if policy.profile is not None:
+        return HeadRegion(policy, heads)
     method = policy.method_of_band(band)
     return DenseRegion(policy) if method == "evict" else CodebookRegion(policy, method, head_size)

@@ -5,7 +5,7 @@ from vllm.logger import init_logger
 
 from vllm_spindle.config import SpindleConfig
 from vllm_spindle.engine.compat import version_problem
-from vllm_spindle.engine.options import asked_for, policy_for, resolve
+from vllm_spindle.engine.options import asked_for, fit, policy_for, resolve
 from vllm_spindle.engine.platforms import CUDA, target
 from vllm_spindle.engine.refusals import config_refusals, raise_if_any
 
@@ -31,6 +31,7 @@ def prepare(vllm_config: VllmConfig) -> bool:
     problem = version_problem()
     if problem is not None:
         raise ValueError(f"spindle: {problem}")
+    config = fit(vllm_config, config)
     resolve(vllm_config, config)
     if not config.is_on:
         logger.info("SpindleKV off: keep_ratio is 1.0, the engine is stock")

@@ -3,6 +3,7 @@
 Integers only, computed from what the scheduler sent; the same on every rank.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -106,6 +107,83 @@ class BandRows:
 
 
 @dataclass(frozen=True, eq=False)
+class HeadRows:
+    """Block geometry of every row in a band whose kv heads hold different numbers of blocks.
+
+    Zeros where a row is not reduced. Compared by identity, as ``BandRows``. R rows, K kv heads of
+    this rank, Lb layers of the band.
+
+    Attributes:
+        prefix_blocks, first_block, tail_block: as in ``BandRows``. [R], int64.
+        head_blocks: pages of the region that each kv head of each layer holds. [Lb, K, R], int64.
+        pages_apart: of two neighbouring blocks, see ``head_table.pages``.
+    """
+
+    prefix_blocks: Tensor
+    first_block: Tensor
+    tail_block: Tensor
+    head_blocks: Tensor
+    pages_apart: int
+
+    @classmethod
+    def of(
+        cls,
+        plans: list[BandPlan | None],
+        head_blocks: Callable[[BandPlan], list[tuple[int, ...]]],
+        pages_apart: int,
+    ) -> "HeadRows | None":
+        """From each row's plan, None for a row that is whole; None if all are.
+
+        Args:
+            plans: R plans.
+            head_blocks: pages of each kv head of each layer of a plan, [Lb][K].
+            pages_apart: see the class.
+        """
+        reduced = [plan if plan and plan.is_reduced else None for plan in plans]
+        counts = {plan: torch.tensor(head_blocks(plan)) for plan in reduced if plan}
+        if not counts:
+            return None
+        none = torch.zeros_like(next(iter(counts.values())))
+        starts = [
+            (p.prefix_blocks, p.first_block, p.tail_block) if p else (0,) * 3 for p in reduced
+        ]
+        return cls(
+            *torch.tensor(starts, dtype=torch.int64).unbind(1),
+            torch.stack([counts[p] if p else none for p in reduced], dim=-1),
+            pages_apart,
+        )
+
+    def skipped_blocks(self, layer: int) -> Tensor:
+        """Blocks by which each kv head's row is shorter than natural. [K, R], int64."""
+        return self.tail_block - self.prefix_blocks - self.head_blocks[layer]
+
+    def source_pages(self, layer: int, num_columns: int) -> tuple[Tensor, Tensor]:
+        """Column of the natural table, and page in its block, of each column of a kv head's row.
+
+        A region of two blocks of two kv heads, of which head 0 has three pages:
+        [- R R T] -> head 0: [1.0 1.1 2.0 3.0], head 1: [2.1 3.1 ...]. Columns past the row's end
+        are never read, they only must stay inside the table.
+
+        Returns:
+            Both [K, R, num_columns], int64.
+        """
+        held = self.head_blocks[layer].unsqueeze(2)  # [K, R, 1]
+        num_heads = held.shape[0]
+        before = held.cumsum(0) - held
+        prefix = self.prefix_blocks.unsqueeze(1)  # [R, 1]
+        column = torch.arange(num_columns)
+        own = torch.arange(num_heads).view(-1, 1, 1)
+        page = before + column - prefix
+        in_region = (column >= prefix) & (column < prefix + held)
+        shifted = column + self.skipped_blocks(layer).unsqueeze(2)
+        source = torch.where(column < prefix, column, shifted)
+        region = self.first_block.unsqueeze(1) + page.div(num_heads, rounding_mode="floor")
+        source = torch.where(in_region, region, source)
+        slots = torch.where(in_region, page % num_heads, own)
+        return source.clamp_(0, num_columns - 1), slots
+
+
+@dataclass(frozen=True, eq=False)
 class CodebookRows:
     """Reduced rows of a band with codebooks, r of them, for the compiled kernel.
 
@@ -143,16 +221,19 @@ class Step:
         bands: per band, or None where no row is reduced. In a band with codebooks, reduced rows
             show their tail alone: the stock kernel cannot read the region.
         codebooks: per band, None where no row has codebooks.
+        heads: per band, None unless its kv heads hold different numbers of blocks.
         window: None if the step holds no window query.
         prompt_ends: prompts to reduce after the forward.
     """
 
     bands: tuple[BandRows | None, ...]
     codebooks: tuple[CodebookRows | None, ...]
+    heads: tuple[HeadRows | None, ...]
     window: WindowRows | None
     prompt_ends: tuple[PromptEnd, ...]
 
     @classmethod
     def idle(cls, num_bands: int) -> "Step":
         """A step in which nothing is reduced, nor is going to be."""
-        return cls((None,) * num_bands, (None,) * num_bands, None, ())
+        nothing = (None,) * num_bands
+        return cls(nothing, nothing, nothing, None, ())

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils import length_from_prompt_token_ids_or_embeds
 
 from vllm_spindle.engine.active import activate
 from vllm_spindle.engine.decoders import Decoder, make_decoder, warm_up
 from vllm_spindle.engine.graphs import most_captured_tokens
-from vllm_spindle.engine.options import request_options
+from vllm_spindle.engine.options import first_kv_head, request_options
 from vllm_spindle.engine.reduction import Reducer
 from vllm_spindle.engine.regions import ReducedLayer
 from vllm_spindle.engine.rotary_table import rotary_table
@@ -206,17 +207,18 @@ def _make_reducer(runner: Any, view: RunnerView) -> Reducer:
                 f"spindle: --block-size {group.kv_cache_spec.block_size} is split by the "
                 f"attention kernel into blocks of {block_size}; pass --block-size {block_size}"
             )
-    first = next(iter(bands[0]))
+    cache = bands[0][0].kv_cache
     attention = layers[groups[0].layer_names[0]]
     stash = WindowStash(
         num_layers=spec.policy.num_layers,
         num_heads=attention.num_heads,
         head_size=attention.head_size,
-        dtype=first.kv_cache.dtype,
-        device=first.kv_cache.device,
+        dtype=cache.dtype,
+        device=cache.device,
         staged_tokens=most_captured_tokens(runner.compilation_config),
     )
-    return Reducer(spec.policy, bands, stash)
+    first = first_kv_head(runner.vllm_config, get_tensor_model_parallel_rank())
+    return Reducer(spec.policy, bands, stash, first)
 
 
 def _reduced_layer(layer: Any, cos_sin: Tensor | None) -> ReducedLayer:

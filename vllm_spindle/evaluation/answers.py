@@ -5,21 +5,16 @@ the prompt: the whole prompt is read, then reduced, the last prompt token is tak
 fed once more, now against what is left. Questions behind the prompt are fed as they are.
 """
 
-import json
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from vllm_spindle.baselines import make_method
 from vllm_spindle.baselines.base import PromptLayer
-from vllm_spindle.baselines.profiled import Profile, profile_of
+from vllm_spindle.baselines.spindle import Spindle
 from vllm_spindle.hf import enable, read, reduce_read
 from vllm_spindle.hf_layers import QueryCache
-
-PROFILE_FILE = "spindle-profile.json"
-"""In a model's folder: how its layers share the bytes, as ``benchmarks/layer_profile.py`` found."""
 
 
 class PromptReader:
@@ -70,17 +65,17 @@ class Answerer:
             byte_ratio: share of the prompt's true bytes to keep, (0, 1].
             seed: for methods that draw.
             reader: of this model; shared, it saves reading a prompt for each method.
-            options: the method's own dials. ``profiled`` takes its profile from beside the model
-                unless told another; without a file all layers are alike.
+            options: the method's own dials. SpindleKV's heads keep what was measured, if there
+                is a profile beside the model.
 
         Raises:
             ValueError: if the method or a dial is unknown, or the ratio out of range.
         """
         if not 0 < byte_ratio <= 1:
             raise ValueError(f"byte_ratio must be in (0, 1], got {byte_ratio}")
-        if method.startswith("profiled"):
-            options = {"profile": _profile_beside(model), **options}
         self.method = make_method(method, seed=seed, **options)
+        if isinstance(self.method, Spindle):
+            self.method = self.method.of_model(model.config._name_or_path)
         self._model = model
         self._byte_ratio = byte_ratio
         self.true_bytes = 0
@@ -148,8 +143,3 @@ class Answerer:
         ids = torch.tensor([token_ids], device=self._model.device)
         out = self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return int(out.logits[0, -1].argmax())
-
-
-def _profile_beside(model: Any) -> Profile | None:
-    path = Path(model.config._name_or_path) / PROFILE_FILE
-    return profile_of(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None

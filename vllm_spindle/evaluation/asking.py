@@ -80,7 +80,7 @@ class Offline:
         if torch.cuda.is_available():
             self._model = self._model.to("cuda")
         self.dialect = dialect_for(self._tokenizer, self._model.config)
-        self._stop_ids = _stop_ids(self._model, self._tokenizer, self.dialect.is_exact)
+        self._stop_ids = stop_ids_of(self._model, self._tokenizer, self.dialect.is_exact)
         self._answerers: dict[tuple[str, float, int], Any] = {}
         self._reader = PromptReader(self._model, NUM_REMEMBERED)
 
@@ -113,8 +113,8 @@ class Offline:
         return self._answerers[key]
 
 
-def _stop_ids(model: Any, tokenizer: Any, is_exact: bool) -> set[int]:
-    """End of text; for text also whatever holds a line break."""
+def stop_ids_of(model: Any, tokenizer: Any, is_exact: bool) -> set[int]:
+    """Tokens that end an answer: end of text; for text also whatever holds a line break."""
     stop = model.generation_config.eos_token_id
     stop_ids = {*(stop if isinstance(stop, list) else [stop]), tokenizer.eos_token_id} - {None}
     if not is_exact:

@@ -10,7 +10,8 @@ from transformers import LlamaForCausalLM
 
 import tiny
 from vllm_spindle.baselines import ABLATIONS
-from vllm_spindle.evaluation.answers import PROFILE_FILE, Answerer
+from vllm_spindle.config import PROFILE_FILE
+from vllm_spindle.evaluation.answers import Answerer
 from vllm_spindle.hf import compress
 
 
@@ -81,21 +82,22 @@ def test_what_cannot_be_answered_is_refused(model: Any) -> None:
 
 
 def test_a_profile_beside_the_model_is_read(model: Any, tmp_path: Path) -> None:
-    """Layers keep what the file says, and are alike without it or where that is asked for."""
-    profile = {"0.5": [0.8, 0.2]}
-    (tmp_path / PROFILE_FILE).write_text(json.dumps(profile))
+    """Heads keep what the file says, and are alike without it or where that is asked for."""
+    shares = {"0.5": [[0.9, 0.7], [0.3, 0.1]]}
+    (tmp_path / PROFILE_FILE).write_text(json.dumps({"num_bands": 2, "head_shares": shares}))
     ids = _prompt(300)
 
-    def num_kept(name: str, folder: Path) -> list[int]:
+    def num_kept(name: str, folder: Path) -> list[list[int]]:
         model.config._name_or_path = str(folder)
         answerer = Answerer(model, method=name, byte_ratio=0.5)
         cache = compress(model, torch.tensor([ids]), answerer.method, 0.5)
-        return [layer.reduced.positions.shape[1] for layer in cache.layers]
+        return [layer.reduced.is_there.sum(dim=1).tolist() for layer in cache.layers]
 
-    alike, steep = num_kept("profiled", tmp_path / "nowhere"), num_kept("profiled", tmp_path)
-    assert abs(alike[0] - alike[1]) <= 16 and steep[0] > 2 * steep[1]
-    assert sum(alike) == sum(steep)
-    assert num_kept("profiled_alike", tmp_path) == alike
+    alike, steep = num_kept("spindle", tmp_path / "nowhere"), num_kept("spindle", tmp_path)
+    assert alike[0] == alike[1] == [alike[0][0]] * 2
+    assert steep[0][0] > steep[0][1] > steep[1][0] > steep[1][1] > 0
+    assert sum(map(sum, alike)) == sum(map(sum, steep))
+    assert num_kept("spindle_uniform", tmp_path) == alike
 
 
 @pytest.mark.parametrize("method", sorted(ABLATIONS))

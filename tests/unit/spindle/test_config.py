@@ -37,9 +37,11 @@ def test_a_dict_sets_every_field() -> None:
         "recent": 4,
         "observers": 64,
         "score": "paper",
+        "last_query": False,
         "pool_kernel": 7,
         "gqa": "mean",
         "budget": "pyramid",
+        "head_shares": None,  # with a budget that is not measured
         "beta": 0.1,
         "num_bands": 6,
         "min_prompt_len": 64,

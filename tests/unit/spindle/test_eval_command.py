@@ -329,8 +329,8 @@ def test_differences_are_paired() -> None:
 
 def test_the_whole_command_on_the_bundled_model(run: Run, tmp_path: Path) -> None:
     """Full KV answers, random eviction within its bytes; the second run asks nothing again."""
-    argv = ["--model", NEEDLE, "--methods", "full,random,profiled_alike", "--budgets", "0.5"]
-    argv += ["--tasks", "single", "--lengths", "128", "--num-questions", "3"]
+    argv = ["--model", NEEDLE, "--methods", "full,random,spindle_uniform", "--budgets", "0.5"]
+    argv += ["--tasks", "single", "--lengths", "160", "--num-questions", "3"]
     code, out, _ = run(*argv)
     assert code == 0
     assert out == (tmp_path / "table.md").read_text()
@@ -339,7 +339,7 @@ def test_the_whole_command_on_the_bundled_model(run: Run, tmp_path: Path) -> Non
     for protocol in ("question_last", "after_compression"):
         assert rows[protocol, "full"]["accuracy"]["percent"] == 100
         assert 40 < rows[protocol, "random"]["true_bytes_percent"] <= 50
-        assert 40 < rows[protocol, "profiled_alike"]["true_bytes_percent"] <= 50  # an ablation
+        assert 40 < rows[protocol, "spindle_uniform"]["true_bytes_percent"] <= 50  # an ablation
     assert document["provenance"]["versions"]["torch"]
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / CELLS).iterdir()}
     assert run(*argv)[0] == 0

@@ -45,7 +45,7 @@ def ask_engine(prompts: list[list[int]], evict: dict[str, Any], merge: dict[str,
     with engine(NEEDLE, evict, block_size=BLOCK, dtype="float32") as running, capture() as seen:
         tokens = running.run([Ask(prompt, max_tokens=6) for prompt in prompts])
         kept = {
-            f"{request[1:]} {layer}": each[-1].tolist()
+            f"{request[1:]} {layer}": [head[head >= 0].tolist() for head in each[-1]]
             for (request, layer), each in seen.kept.items()
         }
     with engine(NEEDLE, merge, block_size=BLOCK) as running, capture() as seen:
@@ -127,11 +127,17 @@ def hf_side(prompts: list[list[int]]) -> Any:
             )
         tokens.append(out[0, len(prompt) :].tolist())
         kept |= {
-            f"{i} {layer_idx}": layer.reduced.positions.tolist()
+            f"{i} {layer_idx}": _kept(layer.reduced)
             for layer_idx, layer in enumerate(cache.layers)
             if layer.reduced.num_context
         }
     return {"tokens": tokens, "kept": kept, "model": model}
+
+
+def _kept(reduced: Any) -> list[list[int]]:
+    """Positions of each kv head; of measured budgets, each its own number."""
+    heads = zip(reduced.positions, reduced.is_there, strict=True)
+    return [positions[is_there].tolist() for positions, is_there in heads]
 
 
 def _in_the_balance(
@@ -141,14 +147,15 @@ def _in_the_balance(
     import torch
 
     from vllm_spindle.baselines.spindle import make_policy, reduce_by_plan
-    from vllm_spindle.config import SpindleConfig
+    from vllm_spindle.config import SpindleConfig, with_profile
     from vllm_spindle.hf_layers import QueryCache
 
     cache = QueryCache(model.config)
     with torch.inference_mode():
         model(torch.tensor([prompt]), past_key_values=cache)
     layer = cache.prompt(None)[layer_idx]
-    policy = make_policy(SpindleConfig(**EVICT), BLOCK, NUM_LAYERS, layer.queries)
+    config = with_profile(SpindleConfig(**EVICT), NEEDLE)
+    policy = make_policy(config, BLOCK, NUM_LAYERS, layer.queries)
     band = policy.band_of_layer(layer_idx)
     plan = policy.plan(len(prompt))[band]
     generator = torch.Generator().manual_seed(0)
@@ -156,7 +163,7 @@ def _in_the_balance(
     for _ in range(NUM_NOISES):
         noise = 1 + NOISE * torch.randn(layer.queries.shape, generator=generator)
         noisy = replace(layer, queries=layer.queries * noise)
-        kept.append({*reduce_by_plan(policy, band, plan, noisy).positions[head].tolist()})
+        kept.append({*_kept(reduce_by_plan(policy, band, plan, noisy))[head]})
     return tokens <= set.union(*kept) - set.intersection(*kept)
 
 

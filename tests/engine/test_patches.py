@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+from engine_child import in_child
+
 pytestmark = pytest.mark.engine
 
 
@@ -13,17 +15,27 @@ def _nothing(*args: Any) -> None:
 
 
 def _cases() -> dict[str, tuple[Any, str, Callable[[], None]]]:
-    """Per patch: the object it changes, the name on it, and how to apply it."""
+    """Per patch: the object it changes or checks, the name on it, and how to apply it."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.layers.attention import attention
     from vllm.v1.engine.input_processor import InputProcessor
 
-    from vllm_spindle_patches import attention_layer, engine_config, request_admission
+    from vllm_spindle_patches import (
+        attention_layer,
+        engine_config,
+        request_admission,
+        scheduler_overrides,
+    )
 
     def layer() -> None:
         attention_layer.apply(lambda layer, config, stock: stock, lambda stock: stock)
 
+    overrides = {
+        f"{owner.__name__}.{name}": (owner, name, scheduler_overrides.check)
+        for owner, name, _ in scheduler_overrides.NEEDED
+    }
     return {
+        **overrides,
         "engine_config": (
             EngineArgs,
             "create_engine_config",
@@ -40,6 +52,15 @@ def _cases() -> dict[str, tuple[Any, str, Callable[[], None]]]:
 
 
 CASES = ["engine_config", "request_admission", "attention_spec", "attention_backend"]
+# What would be silent: an override that vLLM no longer calls.
+OVERRIDES = [
+    "Scheduler._get_local_prefix_cache_hit",
+    "Scheduler._reserve_prefill_lookahead",
+    "Scheduler._preempt_request",
+    "Scheduler._free_blocks",
+    "FullAttentionManager.cache_blocks",
+    "FullAttentionManager.remove_skipped_blocks",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +77,7 @@ def _restore() -> Any:
         module._callbacks[:] = before
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES + OVERRIDES)
 def test_a_missing_symbol_is_named(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """PatchMismatchError says which name this vLLM does not have."""
     from vllm_spindle_patches.guard import PatchMismatchError
@@ -75,6 +96,10 @@ def test_a_missing_symbol_is_named(case: str, monkeypatch: pytest.MonkeyPatch) -
         ("request_admission", "resumable"),
         ("attention_spec", "vllm_config"),
         ("attention_backend", "head_size"),
+        ("Scheduler._get_local_prefix_cache_hit", "request"),
+        ("Scheduler._reserve_prefill_lookahead", "num_new_tokens"),
+        ("FullAttentionManager.cache_blocks", "num_tokens"),
+        ("FullAttentionManager.remove_skipped_blocks", "num_prompt_tokens"),
     ],
 )
 def test_a_missing_parameter_is_named(
@@ -102,6 +127,45 @@ def test_applied_twice_is_one_wrapper(case: str) -> None:
     assert is_applied(wrapper)
     assert wrapper.__name__ == name
     assert not is_applied(wrapper.__wrapped__)
+
+
+def test_every_override_is_checked_where_the_engine_core_starts() -> None:
+    """Whatever our scheduler and block manager take the place of is on the list."""
+    found = in_child(overridden)
+    assert found["unchecked"] == []
+    assert found["num_overridden"] >= 10
+    assert "_get_local_prefix_cache_hit" in found["refused"]
+
+
+def overridden() -> dict[str, Any]:
+    """Names that we override and no guard knows; what starting says once one is renamed."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+
+    from vllm_spindle.engine.manager import SpindleManager
+    from vllm_spindle.engine.scheduler import SpindleSchedulerMixin
+    from vllm_spindle_patches.guard import PatchMismatchError
+    from vllm_spindle_patches.scheduler_overrides import NEEDED
+
+    ours = {
+        (stock, name)
+        for mine, stock in (
+            (SpindleSchedulerMixin, Scheduler),
+            (SpindleManager, FullAttentionManager),
+        )
+        for name in vars(mine)
+        if not name.startswith("__") and hasattr(stock, name)
+    }
+    checked = {(owner, name) for owner, name, _ in NEEDED}
+    unchecked = [f"{owner.__name__}.{name}" for owner, name in ours - checked]
+    Scheduler._get_prefix_cache_hit = Scheduler._get_local_prefix_cache_hit
+    del Scheduler._get_local_prefix_cache_hit
+    refused = ""
+    try:
+        import vllm_spindle.processes.scheduler  # noqa: F401
+    except PatchMismatchError as error:
+        refused = str(error)
+    return {"unchecked": unchecked, "num_overridden": len(ours), "refused": refused}
 
 
 def test_statistics_travel_as_vllm_decodes_them() -> None:

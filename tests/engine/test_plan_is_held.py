@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+import tiny
 from engine_child import in_child
 
 pytestmark = pytest.mark.engine
@@ -14,6 +15,7 @@ MODES: dict[str, dict[str, Any]] = {
     "union": {},
     "unfold": {"gqa": "unfold"},
     "codebooks": {"band_methods": ["merge", "both"]},
+    "heads": {"num_bands": 2, "head_shares": tiny.head_shares(num_layers=2, num_heads=2)},
     # A prompt's layers take several steps.
     "paced": {"band_methods": ["both", "evict"], "reduce_share": 0.1},
 }
@@ -33,7 +35,6 @@ def _aborts(model: str, mode: dict[str, Any]) -> dict[str, Any]:
     """64 at once in chunks of 300, any ratio, aborted at any moment, in little memory."""
     import random
 
-    import tiny
     from engine_probe.engines import Ask, engine
     from engine_probe.plan_watch import PlanWatch
 
@@ -88,7 +89,6 @@ def _stage(request: Any) -> str:
 
 def _preemption(model: str) -> dict[str, Any]:
     """Prompts that fit and outputs that then do not: requests are preempted and resumed."""
-    import tiny
     from engine_probe.engines import Ask, engine
     from engine_probe.plan_watch import PlanWatch
 
@@ -100,6 +100,7 @@ def _preemption(model: str) -> dict[str, Any]:
         "stock": None,
         "spindle": {"keep_ratio": 0.25},
         "codebooks": {"keep_ratio": 0.25, **MODES["codebooks"]},
+        "heads": {"keep_ratio": 0.25, **MODES["heads"]},
         "paced": {"keep_ratio": 0.25, **MODES["paced"]},
     }
     for name, spindle in sides.items():
@@ -132,7 +133,6 @@ def _thousand(model: str) -> dict[str, Any]:
     """1,000 requests from one token to the model's maximum, short ones more often."""
     import random
 
-    import tiny
     from engine_probe.engines import Ask, engine
     from engine_probe.plan_watch import PlanWatch
 
@@ -172,7 +172,7 @@ def test_plan_is_held_under_aborts(runs: dict[str, Any], mode: str) -> None:
     assert (run["held_steps"] > 30) == (mode == "paced")
 
 
-@pytest.mark.parametrize("side", ["spindle", "codebooks", "paced"])
+@pytest.mark.parametrize("side", ["spindle", "codebooks", "heads", "paced"])
 def test_plan_is_held_under_preemption(runs: dict[str, Any], side: str) -> None:
     """Preempted requests are reduced again, to the same plan, and leak nothing."""
     run = runs["preemption"][f"{side}-2"]
@@ -186,7 +186,7 @@ def test_plan_is_held_under_preemption(runs: dict[str, Any], side: str) -> None:
 def test_preempted_requests_answer_as_unpreempted(runs: dict[str, Any]) -> None:
     """Preemption changes no token: not in stock vLLM, and not with reduced prompts."""
     run = runs["preemption"]
-    for name in ("stock", "spindle", "codebooks", "paced"):
+    for name in ("stock", "spindle", "codebooks", "heads", "paced"):
         assert run[f"{name}-2"]["preempted"] >= 3
         assert run[f"{name}-64"]["preempted"] == 0
         assert run[f"{name}-2"]["tokens"] == run[f"{name}-64"]["tokens"]

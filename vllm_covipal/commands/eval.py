@@ -60,6 +60,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write all figures, question by question")
     parser.add_argument("--markdown", metavar="FILE", help="write the table")
     parser.add_argument("--plot", metavar="FILE", help="write a plot (needs matplotlib)")
+    parser.add_argument(
+        "--pictures",
+        metavar="DIR",
+        help="write pictures of what the methods that are selectors keep, a file for a question",
+    )
+    parser.add_argument(
+        "--num-pictures", type=int, default=8, metavar="N", help="the first N questions (default 8)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -69,6 +77,10 @@ def run(args: argparse.Namespace) -> int:
     for keep_ratio in args.keep_ratio:
         if not 0 < keep_ratio <= 1:
             raise ValueError(f"--keep-ratio must be in (0, 1], got {keep_ratio}")
+    if args.pictures and args.endpoint:
+        raise ValueError("--pictures needs --model: a server does not say what it keeps")
+    if args.pictures and not Path(args.pictures).is_dir():
+        raise ValueError(f"--pictures: no folder {args.pictures}")
     # What follows loads for seconds: what is wrong above is said before.
     from vllm_covipal.bench.provenance import provenance
     from vllm_covipal.evaluation.table import markdown, plot
@@ -173,8 +185,27 @@ def _local(args: argparse.Namespace, questions: Any) -> Any:
         blind_ppm=_module(args.blind_ppm, model, args.model),
         max_new_tokens=args.max_new_tokens,
     )
+    if args.pictures:
+        _draw(args, model, processor, methods, questions)
     asked = encode_questions(model, processor, questions)
     return measure(evaluator, asked, methods, args.keep_ratio)
+
+
+def _draw(
+    args: argparse.Namespace, model: Any, processor: Any, methods: list[str], questions: Any
+) -> None:
+    """Pictures of the first questions, and under them those methods that are selectors."""
+    from vllm_covipal.commands.kept_sheet import kept_sheet
+    from vllm_covipal.selectors import SELECTOR_NAMES, build_selector
+
+    module = _module(args.ppm, model, args.model)
+    names = [name for name in methods if name in SELECTOR_NAMES]
+    selectors = [build_selector(name, pruning_module=module, seed=0) for name in names]
+    for number, question in enumerate(questions[: args.num_pictures]):
+        sheet = kept_sheet(
+            model, processor, question.load(), question.text, selectors, args.keep_ratio
+        )
+        sheet.save(Path(args.pictures) / f"{number:03}-{question.type}.png")
 
 
 def _methods(args: argparse.Namespace, known: tuple[str, ...]) -> list[str]:

@@ -36,7 +36,12 @@ def raise_if_any(refusals: list[Refusal]) -> None:
 
 def config_refusals(vllm_config: VllmConfig) -> list[Refusal]:
     """Everything in the configuration that stands against switching on."""
-    return [*_platform(vllm_config), *_model(vllm_config), *_encoder(vllm_config)]
+    return [
+        *_platform(vllm_config),
+        *_model(vllm_config),
+        *_encoder(vllm_config),
+        *_parallel(vllm_config),
+    ]
 
 
 def _platform(vllm_config: VllmConfig) -> Iterator[Refusal]:
@@ -95,4 +100,14 @@ def _encoder(vllm_config: VllmConfig) -> Iterator[Refusal]:
         yield Refusal(
             "speculative_config", "set", "a draft model would see the unpruned prompt",
             "serve without speculative decoding",
+        )  # fmt: skip
+
+
+def _parallel(vllm_config: VllmConfig) -> Iterator[Refusal]:
+    num_stages = vllm_config.parallel_config.pipeline_parallel_size
+    if num_stages > 1:
+        yield Refusal(
+            "--pipeline-parallel-size", num_stages, "only the first rank encodes and chooses, so "
+            "later ones do not learn the positions of kept tokens nor report what was pruned",
+            "leave --pipeline-parallel-size at 1",
         )  # fmt: skip

@@ -5,8 +5,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import tiny_lvlm
 from vllm_covipal import cli, hf
@@ -151,9 +153,17 @@ def test_the_command(tmp_path: Path, capsys: Any) -> None:
     assert [row["method"] for row in rows] == ["full", "ppm, other question", "grid"]
     assert rows[0]["accuracy"]["all"]["questions"] == 8 and len(rows[0]["rights"]) == 8
     assert "| grid | 0.1 | 15 |" in capsys.readouterr().out
+    pictures = ["--pictures", str(tmp_path), "--num-pictures", "2"]
     again = ["eval", "--model", str(SHAPES), "--ppm", str(SHAPES_PPM), "--methods", "ppm"]
     again += ["--keep-ratio", "0.1", "--rows-from", str(out), "--num-questions"]
-    assert cli.main([*again, "8", "--json", str(tmp_path / "all.json")]) == 0
+    assert cli.main([*again, "8", "--json", str(tmp_path / "all.json"), *pictures]) == 0
+    # Everything, and beside it what the module keeps; of the first two questions.
+    sheets = [Image.open(path) for path in sorted(tmp_path.glob("*.png"))]
+    assert len(sheets) == 2
+    for sheet in sheets:
+        brightness = np.asarray(sheet.convert("L"), dtype=float)[48:, :]
+        left, right = np.array_split(brightness, 2, axis=1)
+        assert left.mean() > 1.3 * right.mean()
     document = json.loads((tmp_path / "all.json").read_text(encoding="utf-8"))
     assert [row["method"] for row in document["rows"]] == [
         "full",
@@ -174,6 +184,8 @@ def test_the_command(tmp_path: Path, capsys: Any) -> None:
         ([], "either --model or --endpoint"),
         (["--model", "m", "--endpoint", "http://x"], "either --model or --endpoint"),
         (["--model", "m", "--keep-ratio", "0"], "--keep-ratio must be in"),
+        (["--endpoint", "http://x", "--pictures", "."], "--pictures needs --model"),
+        (["--model", "m", "--pictures", "no/such"], "--pictures: no folder no/such"),
         (["--model", str(SHAPES), "--methods", "full,best"], "'best' is none of: ppm"),
     ],
 )

@@ -11,7 +11,7 @@ from PIL import Image, ImageFont
 
 import tiny_lvlm
 from vllm_covipal import hf
-from vllm_covipal.commands import inspect
+from vllm_covipal.commands import inspect, kept_sheet
 from vllm_covipal.commands.inspect_picture import (
     DIMMED,
     SIDE,
@@ -86,7 +86,7 @@ def test_the_sheet_shows_what_each_selector_keeps(folder: Path) -> None:
     assert _run(folder, *words, "--keep-ratio", "0.5", "0.2") == 0
     sheet = _pixels(Image.open(folder / "kept.png"))
     model, processor = tiny_lvlm.llava()
-    prompt = inspect._prompt(processor, QUESTION)
+    prompt = kept_sheet._prompt(processor, QUESTION)
     image = tiny_lvlm.picture(80, 48)
     encoded = hf.encode_prompt(model, processor, prompt, images=[image])
     module = inspect._load_ppm(str(folder / "ppm"), model, "tiny")
@@ -114,9 +114,9 @@ def test_the_crop_is_what_the_tower_sees(folder: Path) -> None:
     model, processor = tiny_lvlm.llava()
     image = tiny_lvlm.picture(80, 48)
     encoded = hf.encode_prompt(
-        model, processor, inspect._prompt(processor, QUESTION), images=[image]
+        model, processor, kept_sheet._prompt(processor, QUESTION), images=[image]
     )
-    (view,) = inspect._views(image, encoded, processor.image_processor)
+    (view,) = kept_sheet._views(image, encoded, processor.image_processor)
     # Bicubic to 53 x 32, the middle 32 x 32 of it.
     expected = image.resize((53, 32), Image.Resampling.BICUBIC).crop((10, 0, 42, 32))
     assert view.picture.size == (32, 32)
@@ -129,9 +129,9 @@ def test_every_family_has_views(family: str) -> None:
     model, processor = tiny_lvlm.FAMILIES[family]()
     image = tiny_lvlm.picture(80, 48)
     encoded = hf.encode_prompt(
-        model, processor, inspect._prompt(processor, QUESTION), images=[image]
+        model, processor, kept_sheet._prompt(processor, QUESTION), images=[image]
     )
-    views = inspect._views(image, encoded, processor.image_processor)
+    views = kept_sheet._views(image, encoded, processor.image_processor)
     assert [view.grid for view in views] == list(encoded.items[0].grids)
     if family.startswith("qwen"):
         assert views[0].picture is image
@@ -149,7 +149,7 @@ def test_without_a_template_the_placeholder_comes_first() -> None:
     """A processor that has no chat template."""
     _, processor = tiny_lvlm.llava()
     processor.chat_template = None
-    assert inspect._prompt(processor, "what ?") == "<image>\nwhat ?"
+    assert kept_sheet._prompt(processor, "what ?") == "<image>\nwhat ?"
 
 
 def test_what_is_wrong_is_said_in_one_line(folder: Path, tmp_path: Path) -> None:

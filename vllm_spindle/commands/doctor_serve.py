@@ -43,11 +43,16 @@ def serve_checks(model: str, flags: list[str], *, default: SpindleConfig) -> lis
 
 
 def _spindle_checks(vllm_config: Any, config: SpindleConfig) -> list[Check]:
+    from vllm_spindle.engine.options import fit
     from vllm_spindle.engine.refusals import config_refusals
     from vllm_spindle.engine.startup import describe
 
     if not config.is_on:
         return [Check("spindle", "keep_ratio is 1.0: off, the engine is stock")]
+    try:
+        config = fit(vllm_config, config)
+    except ValueError as error:
+        return [Check("options", str(error), "change the option")]
     refusals = config_refusals(vllm_config, config)
     if refusals:
         return [

@@ -48,7 +48,9 @@ class BandRow:
 
     Attributes:
         first_layer, last_layer: the band's layers, both included.
-        region_tokens: context tokens kept by each layer, chosen by score, or merged.
+        region_tokens: context tokens kept by each layer, chosen by score, or merged; of measured
+            budgets, the mean of its kv heads.
+        head_tokens: by each kv head of each layer, where budgets are measured. [layers][kv heads].
         recent_tokens: last tokens of the prompt, always kept, natural order: ``recent`` of them,
             and what shares the first one's block.
         held_blocks, freed_blocks: of the band's KV-cache group.
@@ -60,6 +62,7 @@ class BandRow:
     first_layer: int
     last_layer: int
     region_tokens: int
+    head_tokens: tuple[tuple[int, ...], ...] | None
     recent_tokens: int
     held_blocks: int
     freed_blocks: int
@@ -115,6 +118,7 @@ def band_row(
         first_layer=layers.start,
         last_layer=layers.stop - 1,
         region_tokens=region_tokens if codebook is None else codebook.merged_tokens,
+        head_tokens=_head_tokens(layers, plan, policy, geometry),
         recent_tokens=prompt_len - plan.tail_block * policy.block_size,
         held_blocks=plan.held_blocks,
         freed_blocks=plan.freed_blocks,
@@ -122,6 +126,18 @@ def band_row(
         held_bytes=plan.held_blocks * block_bytes,
         full_bytes=plan.prompt_blocks * block_bytes,
         codebook=codebook,
+    )
+
+
+def _head_tokens(
+    layers: range, plan: BandPlan, policy: SpindlePolicy, geometry: ModelGeometry
+) -> tuple[tuple[int, ...], ...] | None:
+    if policy.profile is None or not plan.is_reduced:
+        return None
+    heads = range(geometry.num_kv_heads)
+    return tuple(
+        tuple(count * policy.block_size for count in policy.head_blocks(layer_idx, plan, heads))
+        for layer_idx in layers
     )
 
 

@@ -5,6 +5,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+MOST_HEADS_SHOWN = 4
+
 
 def print_plan(model: str, report: dict[str, Any]) -> None:
     """Print what ``plan.make_report`` found."""
@@ -30,6 +32,9 @@ def print_plan(model: str, report: dict[str, Any]) -> None:
         "held /\nfull",
     ):
         table.add_column(title, justify="right")
+    is_measured = any(row["head_tokens"] for row in report["bands"])
+    if is_measured:
+        table.add_column("tokens chosen\nby each kv head")
     for row in report["bands"]:
         table.add_row(
             f"{row['first_layer']}-{row['last_layer']}",
@@ -39,6 +44,7 @@ def print_plan(model: str, report: dict[str, Any]) -> None:
             _kib(row["held_bytes"]),
             _kib(row["full_bytes"]),
             f"{row['held_bytes'] / row['full_bytes']:.3f}",
+            *([_by_head(row)] if is_measured else []),
         )
     table.add_section()
     table.add_row(
@@ -101,6 +107,15 @@ def _tokens(row: dict[str, Any]) -> str:
     if row["protected_tokens"]:
         parts.insert(0, row["protected_tokens"])
     return " + ".join(map(str, parts))
+
+
+def _by_head(row: dict[str, Any]) -> str:
+    """A line for each layer; of many heads, the least and the most."""
+    lines = []
+    for heads in row["head_tokens"] or ():
+        few = len(heads) <= MOST_HEADS_SHOWN
+        lines.append(" ".join(map(str, heads)) if few else f"{min(heads)} to {max(heads)}")
+    return "\n".join(lines)
 
 
 def _kib(num_bytes: int) -> str:

@@ -2,6 +2,7 @@
 
 import difflib
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -9,6 +10,7 @@ from vllm.exceptions import VLLMValidationError
 
 from vllm_spindle.config import (
     KEEP_RATIO_KEY,
+    PROFILE_FILE,
     PROTECTED_PREFIX_KEY,
     RequestOptions,
     SpindleConfig,
@@ -55,6 +57,15 @@ def fit(vllm_config: VllmConfig, config: SpindleConfig) -> SpindleConfig:
         ValueError: if it asks for a profile that there is not.
     """
     return with_profile(config, vllm_config.model_config.model, can_split=target() is not CUDA)
+
+
+def unused_profile(vllm_config: VllmConfig, asked: SpindleConfig) -> str | None:
+    """The profile, by file or option, that this platform cannot use and another would; or None."""
+    model = vllm_config.model_config.model
+    would_use = with_profile(asked, model).budget == "measured"
+    if asked.budget != "auto" or not would_use or fit(vllm_config, asked).budget == "measured":
+        return None
+    return str(Path(model) / PROFILE_FILE) if asked.head_shares is None else "head_shares"
 
 
 def first_kv_head(vllm_config: VllmConfig, rank: int) -> int:

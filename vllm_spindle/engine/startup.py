@@ -5,7 +5,13 @@ from vllm.logger import init_logger
 
 from vllm_spindle.config import SpindleConfig
 from vllm_spindle.engine.compat import version_problem
-from vllm_spindle.engine.options import asked_for, fit, policy_for, resolve
+from vllm_spindle.engine.options import (
+    asked_for,
+    fit,
+    policy_for,
+    resolve,
+    unused_profile,
+)
 from vllm_spindle.engine.platforms import CUDA, target
 from vllm_spindle.engine.refusals import config_refusals, raise_if_any
 
@@ -25,19 +31,26 @@ def prepare(vllm_config: VllmConfig) -> bool:
     Raises:
         ValueError: for a bad option, or a combination that is not supported.
     """
-    config = asked_for(vllm_config)
-    if config is None:
+    asked = asked_for(vllm_config)
+    if asked is None:
         return False
     problem = version_problem()
     if problem is not None:
         raise ValueError(f"spindle: {problem}")
-    config = fit(vllm_config, config)
+    config = fit(vllm_config, asked)
     resolve(vllm_config, config)
     if not config.is_on:
         logger.info("SpindleKV off: keep_ratio is 1.0, the engine is stock")
         return False
     raise_if_any(config_refusals(vllm_config, config))
     _switch_on(vllm_config)
+    profile = unused_profile(vllm_config, asked)
+    if profile is not None:
+        logger.warning(
+            "SpindleKV: the profile %s is not used, budget auto is uniform: on CUDA the kv heads "
+            "of a layer hold the same number of blocks so far",
+            profile,
+        )
     logger.info("SpindleKV on: %s", describe(vllm_config, config))
     return True
 

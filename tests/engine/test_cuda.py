@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
+import tiny
 from engine_child import in_child
 
 pytestmark = pytest.mark.engine
 
 ON = {"keep_ratio": 0.25}
+HEAD_SHARES = tiny.head_shares(num_layers=6, num_heads=2)
 
 # name: (object of the configuration, attribute, value; spindle's options; the message)
 REFUSED: dict[str, tuple[tuple[str, str, Any] | None, dict[str, Any], list[str]]] = {
@@ -92,8 +94,44 @@ def configure(model: str) -> dict[str, Any]:
         found["prepared"] = startup.prepare(config)
         found["worker"] = config.parallel_config.worker_cls
         found["reserved"] = reserved_bytes(config)
-    found["lines"] = lines
+        found["lines"], lines[:] = list(lines), []
+        found |= _profiled(config, lines)
+    graphs = SimpleNamespace(has_full_cudagraphs=lambda: True)
+    measured = SpindleConfig(**ON, budget="measured", head_shares=HEAD_SHARES)
+    for mode in (config.compilation_config.cudagraph_mode, graphs):
+        with patch.object(config.compilation_config, "cudagraph_mode", mode):
+            said = [str(each) for each in refusals._profile(config, measured)]
+            found["captured" if mode is graphs else "eager"] = said
     return {**found, **_classes(config, layers, platform)}
+
+
+def _profiled(config: Any, lines: list[list[str]]) -> dict[str, Any]:
+    """Lines of a start with a profile beside the model, and with one among the options."""
+    import json
+    from pathlib import Path
+    from tempfile import TemporaryDirectory
+    from unittest.mock import patch
+
+    from vllm_spindle.engine import platforms, startup
+
+    found: dict[str, Any] = {}
+    with TemporaryDirectory() as folder:
+        profile = json.dumps({"head_shares": HEAD_SHARES, "num_bands": 3})
+        Path(folder, "spindle-profile.json").write_text(profile)
+        for name, options in (
+            ("file", ON),
+            ("option", ON | {"head_shares": HEAD_SHARES}),
+            ("uniform", ON | {"budget": "uniform"}),
+        ):
+            config.parallel_config.worker_cls = platforms.CUDA.stock_worker
+            config.scheduler_config.scheduler_cls = None
+            config.additional_config["spindle"] = dict(options)
+            lines.clear()
+            with patch.object(config.model_config, "model", folder):
+                startup.prepare(config)
+            warnings = [text for level, text in lines if level == "WARNING"]
+            found[f"profile {name}"] = [text.replace(folder, "MODEL") for text in warnings]
+    return found
 
 
 def _classes(config: Any, layers: Any, platform: Any) -> dict[str, Any]:
@@ -150,6 +188,26 @@ def test_cuda_starts_our_worker_and_says_what_was_not_seen(found: dict[str, Any]
     assert found["worker"] == "vllm_spindle.processes.worker_cuda.SpindleGPUWorker"
     (warning,) = [text for level, text in found["lines"] if level == "WARNING"]
     assert "not yet run on a GPU by us" in warning
+
+
+@pytest.mark.parametrize(
+    ("where", "named"), [("file", "MODEL/spindle-profile.json"), ("option", "head_shares")]
+)
+def test_a_profile_that_cuda_cannot_use_is_named(
+    found: dict[str, Any], where: str, named: str
+) -> None:
+    """One WARNING more than without; none where uniform budgets were asked for."""
+    _, warning = found[f"profile {where}"]
+    assert f"the profile {named} is not used" in warning
+    assert "uniform" in warning
+    assert len(found["profile uniform"]) == 1
+
+
+def test_measured_budgets_are_refused_in_graphs(found: dict[str, Any]) -> None:
+    """Wherever a forward may be captured; by name, with the way out."""
+    assert found["eager"] == []
+    (message,) = found["captured"]
+    assert "budget=measured" in message and "--enforce-eager" in message
 
 
 def test_the_backend_asked_for_is_the_one_we_derive_from(found: dict[str, Any]) -> None:

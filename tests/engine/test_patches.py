@@ -153,8 +153,8 @@ def overridden() -> dict[str, Any]:
             (SpindleSchedulerMixin, Scheduler),
             (SpindleManager, FullAttentionManager),
         )
-        for name in vars(mine)
-        if not name.startswith("__") and hasattr(stock, name)
+        for name, method in vars(mine).items()
+        if callable(method) and not name.startswith("__") and hasattr(stock, name)
     }
     checked = {(owner, name) for owner, name, _ in NEEDED}
     unchecked = [f"{owner.__name__}.{name}" for owner, name in ours - checked]

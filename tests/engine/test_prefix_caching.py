@@ -1,16 +1,23 @@
 """Prefix caching stays on: shared prompts are found again, and what is shared is never written."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import tiny
 from engine_child import in_child
 
 pytestmark = pytest.mark.engine
 
 NUM_REQUESTS = 200
 SPINDLE = {"keep_ratio": 0.25}
+# Every kv head in blocks of its own.
+HEADS = {**SPINDLE, "head_shares": tiny.head_shares(num_layers=6, num_heads=2)}
+NUM_WITH_HEADS = 60
+NEEDLE = str(Path(__file__).parents[2] / "models" / "needle")
+NUM_QUESTIONS = 16
 
 
 def on_and_off(model: str) -> dict[str, Any]:
@@ -23,16 +30,21 @@ def on_and_off(model: str) -> dict[str, Any]:
     exact = {"dtype": "float32", "max_num_seqs": 16}
     with engine(model, SPINDLE, **exact) as running:
         found["off"], _ = answered(running, asks, aborts=False)
+    with engine(model, HEADS, **exact) as running:
+        found["heads off"], _ = answered(running, asks[:NUM_WITH_HEADS], aborts=False)
+    little = {**exact, "kv_cache_memory_bytes": 4608 << 10, "max_model_len": 1216}
     runs = {
-        "whole": exact,
-        "chunks": {**exact, "max_num_batched_tokens": 200},
-        "little memory": {**exact, "kv_cache_memory_bytes": 4608 << 10, "max_model_len": 1216},
+        "whole": (SPINDLE, exact),
+        "chunks": (SPINDLE, {**exact, "max_num_batched_tokens": 200}),
+        "little memory": (SPINDLE, little),
+        "heads": (HEADS, {**little, "max_num_batched_tokens": 200}),
     }
-    for name, options in runs.items():
-        with engine(model, SPINDLE, enable_prefix_caching=True, **options) as running:
+    for name, (spindle, options) in runs.items():
+        these = asks[:NUM_WITH_HEADS] if name == "heads" else asks
+        with engine(model, spindle, enable_prefix_caching=True, **options) as running:
             checker = Checker(running)
             with PlanWatch(running) as watch:
-                tokens, cached = answered(running, asks, aborts=name != "whole")
+                tokens, cached = answered(running, these, aborts=name != "whole")
                 report = watch.report()
             report |= {"checked": checker.num_checked, "written_shared": checker.problems}
             found[name] = {"tokens": tokens, "cached": cached, **report}
@@ -47,20 +59,50 @@ def on_and_off(model: str) -> dict[str, Any]:
     return found
 
 
-def without_the_cap(model: str) -> dict[str, int]:
-    """What the checker says once blocks are hashed as in stock vLLM."""
-    from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
-
+def without_the_cap(model: str, cap: str) -> dict[str, int]:
+    """What the checker says once blocks are hashed, or hits taken, as in stock vLLM."""
     from engine_probe.engines import engine
     from engine_probe.shared_prompts import Checker, answered, requests
     from vllm_spindle.engine.manager import SpindleManager
+    from vllm_spindle.engine.scheduler import SpindleSchedulerMixin
 
-    SpindleManager.cache_blocks = FullAttentionManager.cache_blocks
+    if cap == "hash":
+        del SpindleManager.cache_blocks
+    else:
+        del SpindleSchedulerMixin._get_local_prefix_cache_hit
     options = {"enable_prefix_caching": True, "dtype": "float32", "max_num_seqs": 16}
     with engine(model, SPINDLE, **options) as running:
         checker = Checker(running)
+        # Beyond the cap a hit leaves no queries to score with.
+        checker.skip_reductions()
         answered(running, requests(30), aborts=False)
     return {"checked": checker.num_checked, "written_shared": checker.problems}
+
+
+def needle_answers() -> dict[str, list[Any]]:
+    """Questions behind one text, through codebooks, with the cache and without."""
+    from tokenizers import Tokenizer
+
+    from engine_probe.engines import Ask, engine
+    from engine_probe.shared_prompts import Checker
+    from vllm_spindle.evaluation.needle import make_questions
+
+    encode = Tokenizer.from_file(f"{NEEDLE}/tokenizer.json").encode
+    text, *prompts = [
+        encode(question.prompt).ids for question in make_questions(NUM_QUESTIONS + 1, 512, seed=9)
+    ]
+    merging = {**SPINDLE, "method": "both", "protected_prefix_tokens": 256}
+    found: dict[str, list[Any]] = {}
+    for is_on in (False, True):
+        with engine(NEEDLE, merging, enable_prefix_caching=is_on) as running:
+            checker = Checker(running)
+            for index, prompt in enumerate(prompts):
+                running.add(f"r{index}", Ask(text[:256] + prompt[1:], 6))
+            done = running.drain()
+            answers = [list(done[f"r{i}"].outputs[0].token_ids) for i in range(len(prompts))]
+            cached = sum(each.num_cached_tokens for each in done.values())
+        found["on" if is_on else "off"] = [answers, cached, checker.num_checked, checker.problems]
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -69,29 +111,40 @@ def found(llama: str) -> dict[str, Any]:
     return in_child(on_and_off, model=llama)
 
 
-@pytest.mark.parametrize("run", ["whole", "chunks", "little memory"])
+@pytest.mark.parametrize("run", ["whole", "chunks", "little memory", "heads"])
 def test_same_tokens_as_without_a_cache(found: dict[str, Any], run: str) -> None:
     """Token for token, for every request that was not aborted."""
-    tokens = found[run]["tokens"]
-    assert len(tokens) == NUM_REQUESTS if run == "whole" else len(tokens) > NUM_REQUESTS // 2
-    assert {i: found["off"][i] for i in tokens} == tokens
+    tokens, off = found[run]["tokens"], found["heads off" if run == "heads" else "off"]
+    least = {"whole": len(off), "heads": len(off) // 4}.get(run, len(off) // 2)
+    assert len(off) >= len(tokens) >= least
+    assert {i: off[i] for i in tokens} == tokens
+    assert any(found["heads off"][i] != found["off"][i] for i in found["heads off"])
 
 
-@pytest.mark.parametrize("run", ["whole", "chunks", "little memory", "codebooks"])
+def test_same_answers_through_codebooks() -> None:
+    """The needle model's, to questions behind a text that they share."""
+    found = in_child(needle_answers)
+    (off, *_), (on, cached, checked, problems) = found["off"], found["on"]
+    assert on == off
+    assert cached >= (NUM_QUESTIONS - 1) * 224
+    assert problems == 0 < checked
+
+
+@pytest.mark.parametrize("run", ["whole", "chunks", "little memory", "heads", "codebooks"])
 def test_no_shared_block_is_written(found: dict[str, Any], run: str) -> None:
     """On every reduction: no hash, one owner."""
     assert found[run]["written_shared"] == 0
     assert found[run]["cached"] > 0
 
 
-@pytest.mark.parametrize("run", ["whole", "chunks", "little memory"])
+@pytest.mark.parametrize("run", ["whole", "chunks", "little memory", "heads"])
 def test_plan_is_held_with_shared_blocks(found: dict[str, Any], run: str) -> None:
     """At every step, and nothing is left at the end."""
     assert found[run]["problems"] == []
     assert found[run]["idle_free"]
     assert found[run]["left_over"] == []
-    assert found[run]["checked"] > 1000
-    assert found["little memory"]["preemptions"] > 0
+    assert found[run]["checked"] > (300 if run == "heads" else 1000)
+    assert found["little memory"]["preemptions"] > 0 < found["heads"]["preemptions"]
 
 
 def test_most_of_stocks_hits_remain(found: dict[str, Any]) -> None:
@@ -99,8 +152,9 @@ def test_most_of_stocks_hits_remain(found: dict[str, Any]) -> None:
     assert found["whole"]["cached"] > 0.5 * found["stock_cached"] > 0
 
 
-def test_the_checker_sees_a_missing_cap(llama: str) -> None:
-    """It would say so, were blocks hashed as in stock vLLM."""
-    said = in_child(without_the_cap, model=llama)
+@pytest.mark.parametrize("cap", ["hash", "hit"])
+def test_the_checker_sees_a_missing_cap(llama: str, cap: str) -> None:
+    """It would say so, were blocks hashed, or hits taken, as in stock vLLM."""
+    said = in_child(without_the_cap, model=llama, cap=cap)
     assert said["checked"] > 0
     assert said["written_shared"] > 0

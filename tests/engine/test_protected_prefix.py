@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+import tiny
 from engine_child import in_child
 
 pytestmark = pytest.mark.engine
@@ -14,6 +15,15 @@ NUM_REQUESTS = 80
 SYSTEM = 400
 TURNS = 6
 BLOCK = 32
+AUTO = {**SPINDLE, "protected_prefix_tokens": "auto"}
+HEADS = {**SPINDLE, "head_shares": tiny.head_shares(num_layers=6, num_heads=2)}
+# Two ranks first: a one-rank engine binds its very process to its cores.
+RANKS: dict[str, tuple[int, dict[str, Any], bool]] = {
+    "2": (2, AUTO, True),
+    "heads": (2, HEADS, True),
+    "heads, no cache": (2, HEADS, False),
+    "1": (1, AUTO, True),
+}
 
 
 def protected(model: str) -> dict[str, Any]:
@@ -47,9 +57,11 @@ def protected(model: str) -> dict[str, Any]:
             blocks = running.scheduler._stats["bands"]["protected_blocks"]
             found[name] = {"tokens": tokens, "cached": cached, "blocks": blocks, **report}
     with engine(model, SPINDLE, enable_prefix_caching=True, **EXACT) as running:
+        checker = Checker(running)
         _, found["unprotected_cached"] = answered(running, plain, aborts=False)
         found["chat"] = _chat(running)
         found["samples"] = _samples(running)
+        found["written_shared"] = checker.problems
     with engine(model, SPINDLE, **EXACT) as running:
         found["chat_off"] = _chat(running)
         found["samples_off"] = _samples(running)
@@ -58,7 +70,6 @@ def protected(model: str) -> dict[str, Any]:
 
 def _chat(running: Any) -> list[dict[str, Any]]:
     """Six turns over a protected system prompt, each upon the answers of those before."""
-    import tiny
     from engine_probe.engines import Ask
 
     prompt = list(tiny.prompts(1, [SYSTEM], seed=50)[0]["prompt_token_ids"])
@@ -73,33 +84,47 @@ def _chat(running: Any) -> list[dict[str, Any]]:
     return turns
 
 
-def _samples(running: Any) -> list[list[int]]:
-    """Three samples of one prompt, which share its blocks."""
-    import tiny
+def _samples(running: Any) -> dict[str, Any]:
+    """Three samples of one prompt, which share its blocks; cached tokens of each, and planned."""
+    from unittest.mock import patch
+
     from engine_probe.engines import Ask
+    from vllm_spindle.config import RequestOptions
 
     (prompt,) = tiny.prompts(1, [900], seed=70)
     fields = {"n": 3, "temperature": 1.0, "top_k": 1}
-    running.add("samples", Ask(prompt["prompt_token_ids"], 20, protected=500, fields=fields))
-    return [list(sample.token_ids) for sample in running.drain()["samples"].outputs]
+    look_up, cached = running.scheduler._get_local_prefix_cache_hit, []
+
+    def looking_up(request: Any) -> Any:
+        hit = look_up(request)
+        cached.append(hit[1])
+        return hit
+
+    with patch.object(running.scheduler, "_get_local_prefix_cache_hit", looking_up):
+        running.add("samples", Ask(prompt["prompt_token_ids"], 20, protected=500, fields=fields))
+        samples = running.drain()["samples"].outputs
+    policy = running.managers[0].kv_cache_spec.policy
+    return {
+        "tokens": [list(sample.token_ids) for sample in samples],
+        "cached": cached,
+        "planned": min(policy.shareable(900, RequestOptions(None, 500))) * BLOCK,
+    }
 
 
 def on_ranks(model: str) -> dict[str, Any]:
-    """Prefixes found by the scheduler reach every worker: one rank and two."""
+    """Prefixes found by the scheduler reach every worker; measured budgets, hit or not."""
     from engine_probe.engines import engine
     from engine_probe.shared_prompts import answered, requests
 
     found = {}
-    # Two ranks first: a one-rank engine binds its very process to its cores.
-    for ranks in (2, 1):
-        options = {"tensor_parallel_size": ranks, "enable_prefix_caching": True, **EXACT}
+    for name, (ranks, spindle, is_caching) in RANKS.items():
+        options = {"tensor_parallel_size": ranks, "enable_prefix_caching": is_caching, **EXACT}
         if ranks > 1:
             options["distributed_executor_backend"] = "mp"
-        auto = {**SPINDLE, "protected_prefix_tokens": "auto"}
-        with engine(model, auto, **options) as running:
+        with engine(model, spindle, **options) as running:
             tokens, cached = answered(running, requests(40), aborts=False)
             blocks = running.scheduler._stats["bands"]["protected_blocks"]
-            found[str(ranks)] = {"tokens": tokens, "cached": cached, "blocks": blocks}
+            found[name] = {"tokens": tokens, "cached": cached, "blocks": blocks}
     return found
 
 
@@ -142,13 +167,30 @@ def test_every_turn_of_a_chat_finds_the_prefix(found: dict[str, Any]) -> None:
 
 
 def test_samples_of_a_prompt_share_it(found: dict[str, Any]) -> None:
-    """n = 3, all greedy: each the same, and the same as without the cache."""
-    assert found["samples"] == found["samples_off"]
-    assert found["samples"][0] == found["samples"][1] == found["samples"][2]
+    """n = 3, all greedy: each the same, and as without the cache; the first computes for all."""
+    samples, off = found["samples"], found["samples_off"]
+    assert samples["tokens"] == off["tokens"]
+    assert samples["tokens"][0] == samples["tokens"][1] == samples["tokens"][2]
+    assert samples["cached"] == [0, samples["planned"], samples["planned"]]
+    assert samples["planned"] >= 500 // BLOCK * BLOCK
+    assert off["cached"] == [0, 0, 0]
+    assert found["written_shared"] == 0
 
 
-def test_ranks_agree_on_what_recurs(llama: str) -> None:
+@pytest.fixture(scope="module")
+def ranks(llama: str) -> dict[str, Any]:
+    """See ``on_ranks``."""
+    return in_child(on_ranks, env={"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, model=llama)
+
+
+def test_ranks_agree_on_what_recurs(ranks: dict[str, Any]) -> None:
     """Two workers plan with the scheduler's find, as one does."""
-    ranks = in_child(on_ranks, env={"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, model=llama)
     assert ranks["1"] == ranks["2"]
     assert min(ranks["1"]["blocks"]) > 0
+
+
+def test_measured_budgets_on_two_ranks_are_as_without_a_cache(ranks: dict[str, Any]) -> None:
+    """Token for token. (Not those of one rank: a head's blocks come from its own rank's.)"""
+    on, off = ranks["heads"], ranks["heads, no cache"]
+    assert on["tokens"] == off["tokens"] != ranks["2"]["tokens"]
+    assert on["cached"] > 0 == off["cached"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import tiny
 from engine_child import in_child
 from engine_probe.interpreted import ENVIRONMENT
 
@@ -32,6 +33,14 @@ MODES: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
     "prefix": ({**ON, "protected_prefix_tokens": 96}, {"enable_prefix_caching": True}),
     "preempted": (ON, LITTLE),
 }
+# Requests over shared prefixes, eagerly: measured budgets are refused where a graph is captured.
+SHARING: dict[str, dict[str, Any]] = {
+    "1.0": {"keep_ratio": 1.0},
+    "0.5": {"keep_ratio": 0.5},
+    "0.25": ON,
+    "heads": {**ON, "head_shares": tiny.head_shares(num_layers=6, num_heads=2)},
+}
+NUM_SHARING = 40
 
 
 def served(model: str, version: int, with_graphs: bool = False) -> dict[str, Any]:
@@ -42,7 +51,6 @@ def served(model: str, version: int, with_graphs: bool = False) -> dict[str, Any
 
     if version == 2:
         enable()
-    import tiny
     from engine_probe.engines import Ask, engine
     from engine_probe.graphs import full_graphs
     from engine_probe.plan_watch import PlanWatch
@@ -95,7 +103,6 @@ def last_chunks(model: str) -> dict[str, Any]:
     from engine_probe.interpreted import enable
 
     enable()
-    import tiny
     from engine_probe.engines import Ask, engine
     from engine_probe.graphs import full_graphs
     from vllm_spindle.engine.shifted_table import ShiftedTable
@@ -148,6 +155,62 @@ def test_same_tokens_as_v1(versions: dict[str, Any], mode: str) -> None:
     """Token for token, reduced or not."""
     assert versions["v2"][mode]["is_v2"] and not versions["v1"][mode]["is_v2"]
     assert versions["v2"][mode]["tokens"] == versions["v1"][mode]["tokens"]
+
+
+def sharing(model: str, version: int) -> dict[str, Any]:
+    """Requests over five prefixes at three ratios; V2 with a prefix cache, and aborts."""
+    from dataclasses import replace
+
+    from engine_probe.interpreted import enable
+
+    if version == 2:
+        enable()
+    from engine_probe.engines import engine
+    from engine_probe.plan_watch import PlanWatch
+    from engine_probe.shared_prompts import Checker, answered, requests
+
+    asks = [replace(ask, max_tokens=2 + ask.max_tokens % 4) for ask in requests(NUM_SHARING)]
+    options = {**EXACT, "max_num_seqs": 16, "enable_prefix_caching": version == 2}
+    found: dict[str, Any] = {}
+    for name, spindle in SHARING.items():
+        is_on = spindle["keep_ratio"] < 1
+        own = asks if is_on else [replace(ask, keep_ratio=None) for ask in asks]
+        with engine(model, spindle, **options) as running:
+            seen = (Checker(running), PlanWatch(running)) if is_on else ()
+            tokens, cached = answered(running, own, aborts=version == 2)
+            found[name] = {"tokens": tokens, "cached": cached}
+            found[name]["idle_free"] = running.is_idle_and_free
+            if seen:
+                found[name] |= {"checked": seen[0].num_checked, "shared": seen[0].problems}
+                found[name] |= seen[1].report()
+    return found
+
+
+@pytest.fixture(scope="module")
+def shared(llama: str) -> dict[str, Any]:
+    """See ``sharing``."""
+    return {
+        "off": in_child(sharing, model=llama, version=1),
+        "on": in_child(sharing, env=ENVIRONMENT, model=llama, version=2),
+    }
+
+
+@pytest.mark.parametrize("run", SHARING)
+def test_shared_prefixes_are_hit_and_change_nothing(shared: dict[str, Any], run: str) -> None:
+    """Token for token, for every request that was not aborted."""
+    off, on = shared["off"][run], shared["on"][run]
+    assert {i: off["tokens"][i] for i in on["tokens"]} == on["tokens"]
+    assert NUM_SHARING // 2 < len(on["tokens"]) < NUM_SHARING == len(off["tokens"])
+    assert on["cached"] > 0 == off["cached"]
+    assert on["idle_free"]
+
+
+@pytest.mark.parametrize("run", [name for name in SHARING if name != "1.0"])
+def test_no_shared_block_is_written(shared: dict[str, Any], run: str) -> None:
+    """At every reduction; the plan is held, and nothing is left."""
+    on = shared["on"][run]
+    assert on["shared"] == 0 < on["checked"]
+    assert on["problems"] == on["left_over"] == []
 
 
 @pytest.mark.parametrize("mode", MODES)

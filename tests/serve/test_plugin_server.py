@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from vllm_spindle.commands.geometry import read_geometry
-from vllm_spindle.config import SpindleConfig, with_profile
+from vllm_spindle.config import RequestOptions, SpindleConfig, with_profile
 from vllm_spindle.evaluation import needle
 from vllm_spindle.policy import SpindlePolicy
 from vllm_spindle.serving.load import ask_all
@@ -166,6 +166,32 @@ def test_blocks_held_are_the_planned_ones(
     held, filled = _counts(after, "held_blocks", len(bands)), _counts(after, "prompt_blocks", 3)
     kept = after.by_label("vllm:spindle_kept_ratio", "band")
     assert kept == {str(b): pytest.approx(held[b] / filled[b]) for b in bands}
+
+
+@pytest.mark.parametrize("protected", [0, 256])
+def test_the_second_of_two_equal_prompts_hits_what_is_planned(
+    server: VllmServer,
+    policy: SpindlePolicy,
+    questions: list[needle.NeedleQuestion],
+    protected: int,
+) -> None:
+    """vLLM's own hit counter rises by the cap, ours by the blocks of the protected prefix."""
+    options = RequestOptions(protected_prefix_tokens=protected)
+    xargs = {"spindle_protected_prefix_tokens": protected}
+    bands = range(len(policy.bands))
+    readings = [_wait_until_idle(server)]
+    for _ in range(2):
+        ask_all(server, [questions[6 + bool(protected)].prompt], output_len=8, vllm_xargs=xargs)
+        readings.append(_wait_until_idle(server))
+    hits = [metrics.total("vllm:prefix_cache_hits_total") for metrics in readings]
+    planned = min(policy.shareable(PROMPT_LEN, options)) * BLOCK_SIZE
+    assert [hits[1] - hits[0], hits[2] - hits[1]] == [0, planned]
+    assert planned >= protected
+    held = [_counts(metrics, "protected_blocks", len(bands)) for metrics in readings]
+    plans = policy.plan_request(PROMPT_LEN, options)
+    for was, now in zip(held, held[1:], strict=False):
+        assert [now[b] - was[b] for b in bands] == [plan.prefix_blocks for plan in plans]
+    assert (sum(plan.prefix_blocks for plan in plans) > 0) == bool(protected)
 
 
 @pytest.mark.parametrize(

@@ -69,13 +69,20 @@ def _loaded(group: str, point: object) -> Check:
 
 def _patches() -> Check:
     """Applies every patch in this process, which starts no engine."""
-    from vllm_spindle_patches import attention_layer, engine_config, plugin_stats, request_admission
+    from vllm_spindle_patches import (
+        attention_layer,
+        engine_config,
+        plugin_stats,
+        request_admission,
+        scheduler_overrides,
+    )
     from vllm_spindle_patches.guard import PatchMismatchError
 
     try:
         engine_config.apply(_ignore)
         request_admission.apply(_ignore)
         plugin_stats.apply()
+        scheduler_overrides.check()
         attention_layer.apply(kv_cache_spec=lambda layer, config, stock: stock, attn_backend=_same)
     except PatchMismatchError as error:
         return Check("patches", str(error), "install the vLLM that this release fits")

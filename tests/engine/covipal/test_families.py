@@ -12,6 +12,8 @@ pytestmark = pytest.mark.engine
 FAMILIES = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl")
 MROPE = ("qwen2_vl", "qwen2_5_vl")
 RATIOS = (0.5, 0.25, 0.1)
+CACHED = "qwen2_5_vl"
+WORDS, OTHER_WORDS = "left or blue square", "right is blue circle"
 
 LANDSCAPE, PORTRAIT, SQUARE = (96, 48, 1), (48, 96, 2), (64, 64, 3)
 CLIP = (4, 64, 48, 5)
@@ -32,6 +34,18 @@ def asks(family: str, keep_ratio: float | None = None) -> list[Any]:
     return chosen
 
 
+def recurring(words: str, keep_ratio: float | None = None) -> list[Any]:
+    """Longer than a block of the prefix cache, a picture or a clip across its end; none twice."""
+    from engine_probe.lvlm import LvlmAsk
+
+    text = f"what is the color of red ? Hello {words} @ {words} "
+    return [
+        LvlmAsk(text + "@ left ?", [LANDSCAPE, PORTRAIT], keep_ratio=keep_ratio),
+        LvlmAsk(text + "@ left ?", [SQUARE, (96, 48, 6)], keep_ratio=keep_ratio),
+        LvlmAsk(text + "& left ?", [(48, 96, 7)], clips=[CLIP], keep_ratio=keep_ratio),
+    ]
+
+
 def plugin_free(model: str, family: str) -> dict[str, Any]:
     """Answers of a vLLM that loads no plugin; and the positions of each prompt alone."""
     import sys
@@ -40,13 +54,18 @@ def plugin_free(model: str, family: str) -> dict[str, Any]:
 
     with lvlm_engine(model, family, None, enable_prefix_caching=False) as llm:
         together = answer(llm, family, asks(family))
-        watch, positions = Watch(model_of(llm)), []
-        for ask in asks(family):
+        watch = Watch(model_of(llm))
+
+        def positions(ask: Any) -> list[Any]:
             watch.clear()
             answer(llm, family, [ask], max_tokens=2)
-            positions.append([step.tolist() for step in watch.positions])
+            return [step.tolist() for step in watch.positions]
+
+        alone = [positions(ask) for ask in asks(family)]
+        again = [*recurring(WORDS), *recurring(OTHER_WORDS)] if family == CACHED else []
+        recurred = [positions(ask)[0] for ask in again]
     loaded = [name for name in sys.modules if name.startswith(("vllm_covipal", "vllm_spindle_"))]
-    return {"answers": together, "positions": positions, "loaded": loaded}
+    return {"answers": together, "positions": alone, "recurring": recurred, "loaded": loaded}
 
 
 def pruned(model: str, family: str) -> dict[str, Any]:
@@ -67,6 +86,8 @@ def pruned(model: str, family: str) -> dict[str, Any]:
             ]
             for ratio in RATIOS
         }  # fmt: skip
+    if family == CACHED:
+        found["recurring"] = _recurring(model, family)
     found["twin"] = _twin_indices(model, family)
     return found
 
@@ -77,28 +98,63 @@ def _look(llm: Any, family: str, watch: Any, ask: Any) -> dict[str, Any]:
     from engine_probe.lvlm import answer
 
     watch.clear()
-    output = llm.get_tokenizer().encode(ask.prompt(family)["prompt"])
     answered = answer(llm, family, [ask], max_tokens=2)[0]
     first_step = watch.embeddings[0][: answered["prompt_len"]]
     rows = torch.cat([r[i] for r, i in zip(watch.encoded, watch.indices, strict=True)])
-    placeholder = tuple(_placeholders(family))
-    places, kept, lengths = [], [], iter(len(i) for i in watch.indices)
-    for token in output:
-        if token in placeholder:
-            length = next(lengths)
-            kept += range(len(places), len(places) + length)
-            places += [True] * length
-        else:
-            places.append(False)
+    places = _is_visual(llm, family, ask, watch.indices)
     return {
         "prompt_len": answered["prompt_len"],
         "expected_len": len(places),
-        "bit_equal": bool(torch.equal(first_step[kept], rows)),
+        "bit_equal": bool(torch.equal(first_step[torch.tensor(places)], rows)),
         "num_rows": [len(r) for r in watch.encoded],
         "indices": [i.tolist() for i in watch.indices],
         "is_visual": places,
         "positions": [step.tolist() for step in watch.positions],
     }
+
+
+def _is_visual(llm: Any, family: str, ask: Any, indices: list[Any]) -> list[bool]:
+    """Which tokens of the pruned prompt stand for rows."""
+    places: list[bool] = []
+    lengths = iter(map(len, indices))
+    for token in llm.get_tokenizer().encode(ask.prompt(family)["prompt"]):
+        places += [True] * next(lengths) if token in _placeholders(family) else [False]
+    return places
+
+
+def _recurring(model: str, family: str) -> list[dict[str, Any]]:
+    """In chunks of 16, every cache on: each question twice, then another on the same pictures."""
+    import torch
+
+    from engine_probe.lvlm import Watch, answer, lvlm_engine, model_of
+
+    chunks = {"max_num_batched_tokens": 16, "max_num_seqs": 4}
+    with lvlm_engine(model, family, {"selector": "cdpruner"}, **chunks) as llm:
+        watch = Watch(model_of(llm))
+
+        def look(ask: Any, first: dict[str, Any] | None = None) -> dict[str, Any]:
+            watch.clear()
+            answered = answer(llm, family, [ask], max_tokens=1)[0]
+            chosen = {
+                "num_rows": [len(r) for r in watch.encoded],
+                "indices": [i.tolist() for i in watch.indices],
+            }
+            known = first or chosen
+            return {
+                "num_rows": known["num_rows"],
+                "indices": known["indices"],
+                "is_visual": _is_visual(llm, family, ask, known["indices"]),
+                "chosen": chosen["indices"],
+                "prompt_len": answered["prompt_len"],
+                "chunks": [step.shape[-1] for step in watch.positions],
+                "positions": torch.cat(watch.positions, dim=-1).tolist(),
+            }
+
+        found = []
+        for ask, other in zip(recurring(WORDS, 0.5), recurring(OTHER_WORDS, 0.5), strict=True):
+            first = look(ask)
+            found.append({"first": first, "again": look(ask, first), "other": look(other)})
+    return found
 
 
 def _placeholders(family: str) -> list[int]:
@@ -186,6 +242,28 @@ def test_positions_are_the_unpruned_ones(found: dict[str, Any]) -> None:
             num = request["prompt_len"]
             assert [axis[:num] for axis in request["positions"][0]] == expected
             assert [axis[:1] for axis in request["positions"][1]] == [a[:1] for a in generated]
+
+
+def test_positions_in_chunks_and_from_caches(found: dict[str, Any]) -> None:
+    """Pictures cut by chunks and by the prefix cache: each token where it stands unpruned."""
+    if found["family"] != CACHED:
+        pytest.skip(f"looked at for {CACHED}")
+    stock = found["stock"]["recurring"]
+    num_cut = 0
+    for i, of_ask in enumerate(found["covipal"]["recurring"]):
+        for name, request in of_ask.items():
+            prompt = stock[i + len(stock) // 2] if name == "other" else stock[i]
+            place = num_cached = request["prompt_len"] - sum(request["chunks"])
+            kept = _kept_columns(request, len(prompt[0]))[num_cached:]
+            assert request["positions"] == [[axis[k] for k in kept] for axis in prompt]
+            assert max(request["chunks"]) <= 16
+            for length in request["chunks"]:
+                num_cut += place > 0 and all(request["is_visual"][place - 1 : place + 1])
+                place += length
+            assert (num_cached > 0) == (name == "again")
+        assert len(of_ask["first"]["chosen"]) == len(of_ask["other"]["chosen"]) == 2
+        assert len(of_ask["again"]["chosen"]) < 2  # the encoder cache has the rest
+    assert num_cut >= 6
 
 
 def _kept_columns(request: dict[str, Any], num_unpruned: int) -> list[int]:

@@ -10,11 +10,12 @@ from engine_child import in_child
 pytestmark = pytest.mark.engine
 
 NUM_REQUESTS = 64
+NUM_WITH_ABORTS = 200
 OPTIONS = {"selector": "cdpruner", "keep_ratio": 0.5}
 CACHELESS = {"enable_prefix_caching": False, "mm_processor_cache_gb": 0}
 
 
-def mixed(family: str) -> list[Any]:
+def mixed(num_requests: int) -> list[Any]:
     """Ratios, picture counts, duplicates, one picture with other words, words alone."""
     import random
 
@@ -25,7 +26,7 @@ def mixed(family: str) -> list[Any]:
     shapes = ((96, 48), (48, 96), (64, 64))
     pictures = [(*shapes[i % 3], i) for i in range(7)]
     found = []
-    for i in range(NUM_REQUESTS):
+    for i in range(num_requests):
         count = (0, 1, 1, 1, 2, 3)[i % 6]
         chosen = chooser.choices(pictures, k=count)
         text = " You ".join(["@"] * count) + " " + chooser.choice(words)
@@ -38,7 +39,7 @@ def answers(model: str, family: str) -> dict[str, Any]:
     """The same 64 requests in five ways, on three engines."""
     from engine_probe.lvlm import answer, lvlm_engine, model_of
 
-    asks, found = mixed(family), {}
+    asks, found = mixed(NUM_REQUESTS), {}
     with lvlm_engine(model, family, {**OPTIONS, "reuse_mib": 0}, **CACHELESS) as llm:
         found["one by one"] = answer(llm, family, asks, one_by_one=True)
     with lvlm_engine(model, family, OPTIONS) as llm:
@@ -61,6 +62,53 @@ def answers(model: str, family: str) -> dict[str, Any]:
         "after": [found["after"], found["after, chunks"]],
         "stats": stats,
     }
+
+
+def aborted(model: str, family: str) -> dict[str, Any]:
+    """200 requests, one every other step; a third is aborted a few steps after it came."""
+    import random
+
+    from vllm import SamplingParams
+
+    from engine_probe.lvlm import lvlm_engine
+
+    chooser = random.Random(0)
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    coming = [(str(i), ask.prompt(family)) for i, ask in enumerate(mixed(NUM_WITH_ABORTS))]
+    aborts: dict[int, list[str]] = {}  # by step
+    for i in chooser.sample(range(NUM_WITH_ABORTS), NUM_WITH_ABORTS // 3):
+        aborts.setdefault(2 * i + chooser.randint(1, 16), []).append(str(i))
+    found: dict[str, Any] = {"finished": 0, "aborted": {}, "most": {}}
+    # Small chunks, so that some are aborted waiting, some half computed, some while they answer.
+    limits = {"max_num_batched_tokens": 24, "max_num_seqs": 8}
+    with lvlm_engine(model, family, OPTIONS, **limits) as llm:
+        engine = llm.llm_engine
+        step = 0
+        while coming or engine.has_unfinished_requests():
+            if coming and step % 2 == 0:
+                engine.add_request(*coming.pop(0), params)
+            for name in aborts.pop(step, ()):
+                stage = _stage(llm, name)
+                found["aborted"][stage] = found["aborted"].get(stage, 0) + 1
+                engine.abort_request([name])
+            found["finished"] += sum(output.finished for output in engine.step())
+            for key, count in _idle(llm).items():
+                found["most"][key] = max(count, found["most"].get(key, 0))
+            step += 1
+        found["after"] = _idle(llm)
+    return found
+
+
+def _stage(llm: Any, name: str) -> str:
+    """How far a request has come."""
+    requests = llm.llm_engine.engine_core.engine_core.scheduler.requests.values()
+    # vLLM adds a suffix to the name.
+    found = [each for each in requests if each.request_id.rpartition("-")[0] == name]
+    if not found:
+        return "ended"
+    if found[0].num_computed_tokens == 0:
+        return "waiting"
+    return "answering" if found[0].num_output_tokens else "half computed"
 
 
 def _idle(llm: Any) -> dict[str, int]:
@@ -99,3 +147,13 @@ def test_pictures_are_encoded_once(found: dict[str, Any]) -> None:
     stats = found["stats"]
     assert stats["encoded"] <= 7 + stats["items"] // 10  # seven pictures; some in one step
     assert stats["reused"] > stats["encoded"]
+
+
+def test_aborts_leave_nothing_behind(lvlm: Callable[[str], str]) -> None:
+    """Aborted at any stage: every KV block is free, no encoder output is referenced."""
+    found = in_child(aborted, model=lvlm("llava_next"), family="llava_next")
+    aborts = found["aborted"]
+    assert min(aborts[stage] for stage in ("waiting", "half computed", "answering")) > 0
+    assert found["finished"] == NUM_WITH_ABORTS - sum(aborts.values()) + aborts.get("ended", 0)
+    assert min(found["most"].values()) > 0  # there was something to leave
+    assert found["after"] == {"used_blocks": 0, "referenced": 0}

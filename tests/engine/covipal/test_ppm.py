@@ -9,12 +9,18 @@ from engine_child import in_child
 
 pytestmark = pytest.mark.engine
 
+FAMILIES = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl")
 QUESTIONS = ("what is red ?", "left or right ?", "what is red ?", "You are blue circle")
 PICTURES = [(64, 64, 1), (96, 48, 2)]
 KEEP_RATIO = 0.25
 
 
-def choices(model: str, family: str, ppm: str) -> dict[str, Any]:
+def choices(models: dict[str, str], ppms: dict[str, str]) -> dict[str, Any]:
+    """By family, in one process: an engine after the other costs less than a process each."""
+    return {family: _choices(models[family], family, ppms[family]) for family in models}
+
+
+def _choices(model: str, family: str, ppm: str) -> dict[str, Any]:
     """Kept rows of each question: by the engine, all at once, and by transformers."""
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -45,13 +51,11 @@ def choices(model: str, family: str, ppm: str) -> dict[str, Any]:
     return {"engine": by_engine, "twin": by_twin}
 
 
-@pytest.fixture(scope="module", params=("llava_next", "qwen2_5_vl"))
-def found(
-    request: pytest.FixtureRequest,
-    lvlm: Callable[[str], str],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> dict[str, Any]:
-    """One family's choices, by a module of random weights."""
+@pytest.fixture(scope="module")
+def by_family(
+    lvlm: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
+    """Each family's choices, by a module of random weights."""
     import torch
     from transformers import AutoConfig
 
@@ -59,16 +63,28 @@ def found(
     from vllm_covipal.core.pruner import PruningModule, PruningModuleConfig
     from vllm_covipal.core.pruner_files import save_pruning_module
 
-    model, folder = lvlm(request.param), tmp_path_factory.mktemp("ppm")
-    torch.manual_seed(0)
-    config = PruningModuleConfig.for_hidden_size(
-        64,
-        num_heads=2,
-        fingerprint=fingerprint(AutoConfig.from_pretrained(model)),
-        trained_for="tiny",
-    )
-    save_pruning_module(PruningModule(config), folder)
-    return in_child(choices, model=model, family=request.param, ppm=str(folder))
+    models = {family: lvlm(family) for family in FAMILIES}
+    ppms = {family: str(tmp_path_factory.mktemp(f"ppm-{family}")) for family in FAMILIES}
+    for family, folder in ppms.items():
+        torch.manual_seed(0)
+        config = PruningModuleConfig.for_hidden_size(
+            64,
+            num_heads=2,
+            fingerprint=fingerprint(AutoConfig.from_pretrained(models[family])),
+            trained_for="tiny",
+        )
+        module = PruningModule(config)
+        with torch.no_grad():
+            for weight in module.parameters():
+                weight.mul_(4 if weight.dim() >= 2 else 1)  # so that the question tells
+        save_pruning_module(module, folder)
+    return in_child(choices, models=models, ppms=ppms)
+
+
+@pytest.fixture(params=FAMILIES)
+def found(request: pytest.FixtureRequest, by_family: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """One family's choices."""
+    return by_family[request.param]
 
 
 def test_chooses_as_the_twin(found: dict[str, Any]) -> None:

@@ -40,6 +40,12 @@ CASES: dict[str, tuple[str, Any, dict[str, Any], list[str]]] = {
         {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
         ["speculative_config=set", "unpruned prompt", "without speculative decoding"],
     ),
+    "pipeline-parallel": (
+        "qwen2_5_vl",
+        ON,
+        {"pipeline_parallel_size": 2},
+        ["--pipeline-parallel-size=2", "first rank", "leave --pipeline-parallel-size at 1"],
+    ),
     "no-ppm": ("llava", {"keep_ratio": 0.5}, {}, ["selector 'ppm'", "set 'ppm'", "divprune"]),
     "ppm-nowhere": (
         "llava",

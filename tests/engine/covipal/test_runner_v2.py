@@ -30,13 +30,19 @@ def served(model: str, family: str, version: int) -> dict[str, Any]:
         LvlmAsk("what is the color of red circle ?"),
     ]
     found: dict[str, Any] = {}
-    # Chunks of 64 cut pictures.
-    options = {"dtype": "float32", "max_num_batched_tokens": 64, "enable_prefix_caching": False}
+    # A pruned picture of qwen2_5_vl has 4 to 12 tokens: chunks of 8 cut it.
+    options = {
+        "dtype": "float32",
+        "max_num_batched_tokens": 8,
+        "max_num_seqs": 4,
+        "enable_prefix_caching": False,
+    }
     for name, covipal in (("pruned", ON), ("stock", None)):
         with lvlm_engine(model, family, covipal, **options) as llm:
             runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker
             found["is_v2"] = hasattr(runner.worker.model_runner, "req_states")
             watch = Watch(model_of(llm))
+            cut = _watch_cuts(llm)
             plain = [ask if covipal else LvlmAsk(ask.words, ask.pictures) for ask in asks]
             answers = answer(llm, family, plain, max_tokens=6, one_by_one=True)
             found[name] = {
@@ -44,8 +50,26 @@ def served(model: str, family: str, version: int) -> dict[str, Any]:
                 "lengths": [a["prompt_len"] for a in answers],
                 "positions": [each.tolist() for each in watch.positions],
                 "chosen": [index.tolist() for index in watch.indices],
+                "num_cut": len(cut),
             }
     return found
+
+
+def _watch_cuts(llm: Any) -> set[Any]:
+    """Requests' pictures that a chunk ends inside of, filled as they are scheduled."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    stock, cut = scheduler.schedule, set()
+
+    def schedule(*args: Any, **kwargs: Any) -> Any:
+        for request in scheduler.running:
+            for i, feature in enumerate(request.mm_features):
+                place = request.num_computed_tokens - feature.mm_position.offset
+                if 0 < place < feature.mm_position.length:
+                    cut.add((request.request_id, i))
+        return stock(*args, **kwargs)
+
+    scheduler.schedule = schedule
+    return cut
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -64,6 +88,12 @@ def test_as_on_v1(versions: dict[str, Any], side: str, what: str) -> None:
     """The same rows chosen, at the same positions, the same answers."""
     assert versions["v2"]["is_v2"] and not versions["v1"]["is_v2"]
     assert versions["v2"][side][what] == versions["v1"][side][what]
+
+
+def test_chunks_cut_pictures(versions: dict[str, Any]) -> None:
+    """All four pictures, pruned or not: their positions come in parts."""
+    for found in versions.values():
+        assert [found[side]["num_cut"] for side in ("pruned", "stock")] == [4, 4]
 
 
 def test_it_pruned(versions: dict[str, Any]) -> None:

@@ -15,6 +15,9 @@ QUALITY = --lengths 512 --num-questions 16 --seeds $(QUALITY_SEEDS) --budgets 0.
 	--dtype float32 --num-workers $(shell nproc) --plots
 # Paths or options for pytest: make test T='tests/engine -x'
 T := tests
+# A file's tests together, a worker a core. WORKERS=0: one process, with output as it comes.
+WORKERS := auto
+XDIST := -n $(WORKERS) --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 
 # Set-up only if .venv is what runs.
 SETUP := $(if $(filter file,$(origin BIN)),setup)
@@ -33,7 +36,7 @@ demo: $(SETUP)  ## a real vllm serve, stock against plugin, in numbers
 
 # With PYTEST_STATUS=FILE the exit status goes there, so that pytest's summary stays the last line.
 test: $(SETUP)  ## every test, real vLLM included
-	@$(ENV) $(BIN)/python -m pytest $(T) $(if $(PYTEST_STATUS),; echo $$? > $(PYTEST_STATUS))
+	@$(ENV) $(BIN)/python -m pytest $(XDIST) $(T) $(if $(PYTEST_STATUS),; echo $$? > $(PYTEST_STATUS))
 
 test-fast: $(SETUP)  ## the tests that need no vLLM
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/property

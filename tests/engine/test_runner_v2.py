@@ -139,15 +139,22 @@ def versions(llama: str) -> dict[str, Any]:
     """Both runners, each in a process of its own."""
     return {
         "v1": in_child(served, model=llama, version=1),
-        "v2": in_child(served, env=ENVIRONMENT, model=llama, version=2),
-        "graphs": in_child(served, env=ENVIRONMENT, model=llama, version=2, with_graphs=True),
+        "v2": in_child(served, env=ENVIRONMENT, imports_vllm_itself=True, model=llama, version=2),
+        "graphs": in_child(
+            served,
+            env=ENVIRONMENT,
+            imports_vllm_itself=True,
+            model=llama,
+            version=2,
+            with_graphs=True,
+        ),
     }
 
 
 @pytest.fixture(scope="module")
 def ends(llama: str) -> dict[str, Any]:
     """See ``last_chunks``."""
-    return in_child(last_chunks, env=ENVIRONMENT, model=llama)
+    return in_child(last_chunks, env=ENVIRONMENT, imports_vllm_itself=True, model=llama)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -191,7 +198,7 @@ def shared(llama: str) -> dict[str, Any]:
     """See ``sharing``."""
     return {
         "off": in_child(sharing, model=llama, version=1),
-        "on": in_child(sharing, env=ENVIRONMENT, model=llama, version=2),
+        "on": in_child(sharing, env=ENVIRONMENT, imports_vllm_itself=True, model=llama, version=2),
     }
 
 

@@ -74,7 +74,7 @@ def served(model: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def found(small_llama: str) -> dict[str, Any]:
-    return in_child(served, env=ENVIRONMENT, model=small_llama)
+    return in_child(served, env=ENVIRONMENT, imports_vllm_itself=True, model=small_llama)
 
 
 def test_the_backend_is_the_one_asked_for(found: dict[str, Any]) -> None:

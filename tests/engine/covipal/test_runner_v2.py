@@ -78,7 +78,9 @@ def versions(request: pytest.FixtureRequest, lvlm: Callable[[str], str]) -> dict
     model, family = lvlm(request.param), request.param
     return {
         "v1": in_child(served, model=model, family=family, version=1),
-        "v2": in_child(served, env=ENVIRONMENT, model=model, family=family, version=2),
+        "v2": in_child(
+            served, env=ENVIRONMENT, imports_vllm_itself=True, model=model, family=family, version=2
+        ),
     }
 
 

@@ -367,7 +367,7 @@ def compile_for_hopper() -> list[int]:
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, Any]:
     """What the interpreter found."""
-    return in_child(interpret, env={"TRITON_INTERPRET": "1"})
+    return in_child(interpret, env={"TRITON_INTERPRET": "1"}, imports_vllm_itself=True)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -13,17 +13,17 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_spindle_patches.guard import is_applied, mark_applied, require_parameters
 
-_callbacks: list[Callable[[Any, Any, bool], None]] = []
+_callbacks: list[Callable[[Any, Any, Any, bool], None]] = []
 
 
-def apply(callback: Callable[[Any, Any, bool], None]) -> None:
-    """Call ``callback(vllm_config, params, resumable)`` first in ``process_inputs``.
+def apply(callback: Callable[[Any, Any, Any, bool], None]) -> None:
+    """Call ``callback(vllm_config, prompt, params, resumable)`` first in ``process_inputs``.
 
     A ``VLLMValidationError`` that it raises becomes HTTP 400 for that request alone.
     """
     if callback not in _callbacks:
         _callbacks.append(callback)
-    stock = require_parameters(InputProcessor, "process_inputs", "params", "resumable")
+    stock = require_parameters(InputProcessor, "process_inputs", "prompt", "params", "resumable")
     if is_applied(stock):
         return
 
@@ -32,7 +32,7 @@ def apply(callback: Callable[[Any, Any, bool], None]) -> None:
         self: InputProcessor, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> Any:
         for each in _callbacks:
-            each(self.vllm_config, params, kwargs.get("resumable", False))
+            each(self.vllm_config, prompt, params, kwargs.get("resumable", False))
         return stock(self, request_id, prompt, params, *args, **kwargs)
 
     InputProcessor.process_inputs = mark_applied(process_inputs)  # type: ignore[method-assign]

@@ -92,10 +92,11 @@ def processor_kwargs(vllm_xargs: Mapping[str, object]) -> dict[str, object]:
     return {key: value for key, value in vllm_xargs.items() if key.startswith(SECTION)}
 
 
-def check_request(vllm_config: VllmConfig, params: Any, resumable: bool) -> None:
+def check_request(vllm_config: VllmConfig, prompt: Any, params: Any, resumable: bool) -> None:
     """Refuse a ratio that this server cannot serve, before the request is admitted.
 
-    A chat's ratio was checked by the processor; this sees requests that never reached it.
+    A chat's ratio was checked by the processor, which stamps the prompt with what it used. This
+    sees requests that never reached it, and those whose parameters came after it (offline).
 
     Raises:
         VLLMValidationError: HTTP 400 for this request.
@@ -109,3 +110,18 @@ def check_request(vllm_config: VllmConfig, params: Any, resumable: bool) -> None
             parameter=KEEP_RATIO_KEY,
             value=keep_ratio,
         )
+    if KEEP_RATIO_KEY not in extra_args or not _has_items(prompt):
+        return
+    used = prompt.get(KEEP_RATIO_KEY, 1.0)
+    if keep_ratio != used:
+        raise VLLMValidationError(
+            f"{KEEP_RATIO_KEY}={keep_ratio} comes too late: this prompt's images and videos were "
+            f"processed at {used}; offline, give it with the prompt, as "
+            f"mm_processor_kwargs={{{KEEP_RATIO_KEY!r}: {keep_ratio}}}",
+            parameter=KEEP_RATIO_KEY,
+            value=keep_ratio,
+        )
+
+
+def _has_items(prompt: Any) -> bool:
+    return isinstance(prompt, Mapping) and any((prompt.get("mm_placeholders") or {}).values())

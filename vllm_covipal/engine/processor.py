@@ -69,6 +69,8 @@ class PruningProcessorMixin:
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         """Process one prompt; its pruned items get fewer placeholders.
 
+        The result carries the ratio that was used, for ``options.check_request``.
+
         Raises:
             VLLMValidationError: HTTP 400, for a bad ratio or option of this request.
         """
@@ -79,13 +81,13 @@ class PruningProcessorMixin:
         )
         inputs = dataclasses.replace(inputs, hf_processor_mm_kwargs=kwargs)
         if keep_ratio == 1 or not any(inputs.mm_data_items.get_all_counts().values()):
-            return super().apply(inputs, timing_ctx)  # type: ignore[misc]
+            return {**super().apply(inputs, timing_ctx), KEEP_RATIO_KEY: 1.0}  # type: ignore[misc]
         _refuse_embeddings(inputs.mm_data_items)
         requests = self._requests(inputs, keep_ratio)
         inputs.hf_processor_mm_kwargs = {**kwargs, REQUESTS_KEY: requests}
         result = super().apply(inputs, timing_ctx)  # type: ignore[misc]
         self._family.check_placeholders(result["mm_placeholders"])
-        return result
+        return {**result, KEEP_RATIO_KEY: keep_ratio}
 
     def _requests(self, inputs: Any, keep_ratio: float) -> Requests:
         hashes = super()._get_mm_hashes(inputs)  # type: ignore[misc]

@@ -114,7 +114,7 @@ def protect_prefix(params: Any, num_tokens: int) -> Any:
     return params
 
 
-def check_request(vllm_config: VllmConfig, params: Any, resumable: bool) -> None:
+def check_request(vllm_config: VllmConfig, prompt: Any, params: Any, resumable: bool) -> None:
     """Refuse a request that cannot be served as it asks, before it is admitted.
 
     Raises:

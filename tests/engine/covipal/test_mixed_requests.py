@@ -15,11 +15,11 @@ OPTIONS = {"selector": "cdpruner", "keep_ratio": 0.5}
 CACHELESS = {"enable_prefix_caching": False, "mm_processor_cache_gb": 0}
 
 
-def mixed(num_requests: int) -> list[Any]:
-    """Ratios, picture counts, duplicates, one picture with other words, words alone."""
+def mixed(num_requests: int, family: str) -> list[Any]:
+    """Ratios, picture counts, clips, duplicates, one picture with other words, words alone."""
     import random
 
-    from engine_probe.lvlm import LvlmAsk
+    from engine_probe.lvlm import VIDEO_FAMILIES, LvlmAsk
 
     chooser = random.Random(0)
     words = ("what is red ?", "what is the color of blue square ?", "left or right ?", "Hello")
@@ -30,8 +30,11 @@ def mixed(num_requests: int) -> list[Any]:
         count = (0, 1, 1, 1, 2, 3)[i % 6]
         chosen = chooser.choices(pictures, k=count)
         text = " You ".join(["@"] * count) + " " + chooser.choice(words)
-        ratio = chooser.choice((None, 1.0, 0.5, 0.25, 0.1)) if count else None
-        found.append(LvlmAsk(text, chosen, keep_ratio=ratio))
+        clips = []
+        if family in VIDEO_FAMILIES and i % 8 == 0:
+            clips, text = [(4, 64, 64, i // 8 % 3)], f"& {text}"
+        ratio = chooser.choice((None, 1.0, 0.5, 0.25, 0.1)) if chosen or clips else None
+        found.append(LvlmAsk(text, chosen, clips, keep_ratio=ratio))
     return found
 
 
@@ -39,7 +42,7 @@ def answers(model: str, family: str) -> dict[str, Any]:
     """The same 64 requests in five ways, on three engines."""
     from engine_probe.lvlm import answer, lvlm_engine, model_of
 
-    asks, found = mixed(NUM_REQUESTS), {}
+    asks, found = mixed(NUM_REQUESTS, family), {}
     with lvlm_engine(model, family, {**OPTIONS, "reuse_mib": 0}, **CACHELESS) as llm:
         found["one by one"] = answer(llm, family, asks, one_by_one=True)
     with lvlm_engine(model, family, OPTIONS) as llm:
@@ -50,6 +53,7 @@ def answers(model: str, family: str) -> dict[str, Any]:
         stats = take_stats()
         llm.reset_prefix_cache()
         found["one by one, kept embeddings"] = answer(llm, family, asks, one_by_one=True)
+        late = _ratios_that_come_late(llm, family)
         found["after"] = _idle(llm)
     chunks = {"max_num_batched_tokens": 64, "max_num_seqs": 16}
     with lvlm_engine(model, family, OPTIONS, **chunks) as llm:
@@ -61,7 +65,28 @@ def answers(model: str, family: str) -> dict[str, Any]:
         "prompt_lens": [a["prompt_len"] for a in found["one by one"]],
         "after": [found["after"], found["after, chunks"]],
         "stats": stats,
+        "late": late,
     }
+
+
+def _ratios_that_come_late(llm: Any, family: str) -> dict[str, str]:
+    """What a request is told whose ``SamplingParams`` ask for a ratio; empty if it is served."""
+    from vllm import SamplingParams
+
+    from engine_probe.lvlm import LvlmAsk
+
+    picture = LvlmAsk("@ left or right ?", [(64, 64, 0)])
+    asks = {"same": (picture, 0.5), "other": (picture, 0.25), "whole": (picture, 1.0),
+            "words alone": (LvlmAsk("left or right ?"), 0.25)}  # fmt: skip
+    said = {}
+    for name, (ask, ratio) in asks.items():
+        params = SamplingParams(max_tokens=1, extra_args={"covipal_keep_ratio": ratio})
+        try:
+            llm.generate([ask.prompt(family)], params, use_tqdm=False)
+            said[name] = ""
+        except ValueError as error:
+            said[name] = str(error)
+    return said
 
 
 def aborted(model: str, family: str) -> dict[str, Any]:
@@ -74,7 +99,7 @@ def aborted(model: str, family: str) -> dict[str, Any]:
 
     chooser = random.Random(0)
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
-    coming = [(str(i), ask.prompt(family)) for i, ask in enumerate(mixed(NUM_WITH_ABORTS))]
+    coming = [(str(i), ask.prompt(family)) for i, ask in enumerate(mixed(NUM_WITH_ABORTS, family))]
     aborts: dict[int, list[str]] = {}  # by step
     for i in chooser.sample(range(NUM_WITH_ABORTS), NUM_WITH_ABORTS // 3):
         aborts.setdefault(2 * i + chooser.randint(1, 16), []).append(str(i))
@@ -122,7 +147,7 @@ def _idle(llm: Any) -> dict[str, int]:
     }
 
 
-@pytest.fixture(scope="module", params=("llava", "llava_next", "qwen2_5_vl"))
+@pytest.fixture(scope="module", params=("llava", "llava_next", "llava_onevision", "qwen2_5_vl"))
 def found(request: pytest.FixtureRequest, lvlm: Callable[[str], str]) -> dict[str, Any]:
     """What every way said, for one family."""
     return in_child(answers, model=lvlm(request.param), family=request.param)
@@ -145,8 +170,17 @@ def test_nothing_is_left_behind(found: dict[str, Any]) -> None:
 def test_pictures_are_encoded_once(found: dict[str, Any]) -> None:
     """Another question on a picture does not run the vision tower again."""
     stats = found["stats"]
-    assert stats["encoded"] <= 7 + stats["items"] // 10  # seven pictures; some in one step
+    # Seven pictures and three clips, some twice in one step.
+    assert stats["encoded"] <= 10 + stats["items"] // 10
     assert stats["reused"] > stats["encoded"]
+
+
+def test_a_ratio_that_comes_too_late_is_refused(found: dict[str, Any]) -> None:
+    """With the sampling parameters, when the picture is pruned already; never silently."""
+    late = found["late"]
+    assert late["same"] == late["words alone"] == ""
+    assert "0.25 comes too late" in late["other"] and "processed at 0.5" in late["other"]
+    assert "1.0 comes too late" in late["whole"] and "mm_processor_kwargs" in late["whole"]
 
 
 def test_aborts_leave_nothing_behind(lvlm: Callable[[str], str]) -> None:

@@ -172,8 +172,11 @@ class PruningModule(nn.Module):
         num_visual = [int(item.shape[0]) for item in visual]
         num_text = [1 + int(item.shape[0]) for item in text]
         num_rows = [v + t for v, t in zip(num_visual, num_text, strict=True)]
-        is_visual = _alternating(num_visual, num_text, rows.device)
-        text_rows = (~is_visual).nonzero().squeeze(1)
+        # Known from the counts, and so without a wait for the device.
+        is_visual = _alternating(num_visual, num_text)
+        text_rows, visual_rows = (
+            mask.nonzero().squeeze(1).to(rows.device) for mask in (~is_visual, is_visual)
+        )
         to_text = RaggedAttention(num_rows, num_text)
         to_all = RaggedAttention(num_rows, num_rows)
         for i, block in enumerate(self.blocks):
@@ -181,7 +184,6 @@ class PruningModule(nn.Module):
                 rows = block(rows, to_text, text_rows)
             else:
                 rows = block(rows, to_all, None)
-        visual_rows = is_visual.nonzero().squeeze(1)
         scores: Tensor = self.head(self.head_norm(rows.index_select(0, visual_rows)))
         return scores.squeeze(1)
 
@@ -225,13 +227,11 @@ class PruningModule(nn.Module):
         return torch.cat(embedded)
 
 
-def _alternating(
-    num_visual: Sequence[int], num_text: Sequence[int], device: torch.device
-) -> Tensor:
-    """True for the visual rows of [visual, text] item after item. [M] bool."""
+def _alternating(num_visual: Sequence[int], num_text: Sequence[int]) -> Tensor:
+    """True for the visual rows of [visual, text] item after item. [M] bool, on the CPU."""
     counts = [count for pair in zip(num_visual, num_text, strict=True) for count in pair]
     kinds = torch.tensor([True, False]).repeat(len(num_visual))
-    return kinds.repeat_interleave(torch.tensor(counts)).to(device)
+    return kinds.repeat_interleave(torch.tensor(counts))
 
 
 def _distance_waves(num_tokens: int, width: int, device: torch.device) -> Tensor:

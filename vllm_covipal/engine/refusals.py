@@ -45,11 +45,9 @@ def config_refusals(vllm_config: VllmConfig) -> list[Refusal]:
 
 
 def _platform(vllm_config: VllmConfig) -> Iterator[Refusal]:
-    if not current_platform.is_cpu():
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
         yield Refusal(
-            "platform",
-            current_platform.device_name,
-            "this release has been proven on vLLM's CPU build only",
+            "platform", current_platform.device_name, "it serves vLLM's CPU and CUDA platforms"
         )
 
 

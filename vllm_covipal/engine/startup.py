@@ -2,6 +2,7 @@
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from vllm_covipal.config import CovipalConfig
 from vllm_covipal.core.fingerprint import fingerprint
@@ -36,6 +37,11 @@ def prepare(vllm_config: VllmConfig) -> bool:
     # The class that vLLM starts, and its processor. What is known of the stock architecture
     # (model_config.architecture, capabilities) stays.
     model_config.hf_config.architectures = [CLASS_OF[model_config.architecture]]
+    if current_platform.is_cuda():
+        logger.warning(
+            "CoViPAL on CUDA: checked without a GPU (devices of tensors, model runner V2 "
+            "interpreted), not yet run on a GPU by us"
+        )
     logger.info("CoViPAL on: %s", _describe(config))
     return True
 

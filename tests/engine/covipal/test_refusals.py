@@ -79,6 +79,43 @@ def messages(folders: dict[str, str], other_ppm: str) -> dict[str, str]:
             found[name] = ""
         except ValueError as error:
             found[name] = str(error)
+    return found | _elsewhere(folders["llava"])
+
+
+def _elsewhere(model: str) -> dict[str, str]:
+    """What start-up says on other platforms than the CPU."""
+    import logging
+    from types import SimpleNamespace
+    from unittest.mock import patch
+
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_covipal.engine import refusals, startup
+
+    config = EngineArgs(model, max_model_len=512).create_engine_config()
+    config.additional_config["covipal"] = ON
+    stock = config.model_config.hf_config.architectures
+    found = {}
+    for name in ("cuda", "rocm"):
+        platform = SimpleNamespace(
+            device_name=name, is_cpu=lambda: False, is_cuda=lambda name=name: name == "cuda"
+        )
+        lines: list[str] = []
+        handler = logging.Handler(logging.WARNING)
+        handler.emit = lambda record, lines=lines: lines.append(record.getMessage())
+        logger = logging.getLogger("vllm.covipal")
+        logger.addHandler(handler)
+        config.model_config.hf_config.architectures = stock
+        with (
+            patch.object(refusals, "current_platform", platform),
+            patch.object(startup, "current_platform", platform),
+        ):
+            try:
+                startup.prepare(config)
+            except ValueError as error:
+                lines.append(str(error))
+        logger.removeHandler(handler)
+        found[name] = "\n".join(lines)
     return found
 
 
@@ -109,6 +146,12 @@ def test_a_module_of_another_model_is_refused_by_name(said: dict[str, str]) -> N
     """Both models are named."""
     assert "trained for another" in said["ppm-of-another"]
     assert "llava" in said["ppm-of-another"]
+
+
+def test_cuda_starts_and_says_what_was_not_seen(said: dict[str, str]) -> None:
+    """One WARNING there; any other platform is refused by name."""
+    assert "not yet run on a GPU by us" in said["cuda"] and "\n" not in said["cuda"]
+    assert "platform=rocm" in said["rocm"] and "CPU and CUDA" in said["rocm"]
 
 
 def test_a_good_configuration_is_accepted(said: dict[str, str]) -> None:

@@ -33,6 +33,28 @@ def test_divprune_equals_loops(seed: int, num_kept: int) -> None:
     assert farthest_points(_unit(rows), num_kept).tolist() == expected
 
 
+@pytest.mark.parametrize("name", SELECTOR_NAMES)
+def test_no_value_is_read_and_no_device_mixed(name: str) -> None:
+    """On torch's device "meta", which knows no values: on a GPU nothing waits for them."""
+    module = PruningModule(PruningModuleConfig.for_hidden_size(48)).to("meta")
+    selector = build_selector(name, pruning_module=module if name == "ppm" else None, seed=0)
+    items = [
+        VisualItem(
+            visual=torch.empty(36, 48, device="meta"),
+            text=torch.empty(num_text, 48, device="meta"),
+            structure_mask=None,
+            grids=((6, 6),),
+            num_kept=9,
+        )
+        for num_text in (5, 0)
+    ]
+    with torch.inference_mode():
+        chosen = selector.select(items)
+        scores = module([item.visual for item in items], [item.text for item in items])
+    assert [(index.device.type, len(index)) for index in chosen] == [("meta", 9)] * 2
+    assert scores.shape == (72,)
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("num_kept", [1, 2, 7, 15])
 def test_cdpruner_equals_determinants(seed: int, num_kept: int) -> None:

@@ -2,7 +2,7 @@
 
 Both sides attend to the same tokens, in one process, taking turns after a round of all layers: a
 shared machine that slows down hits both. Several layers are cycled, as in a model, so that neither
-side finds its tokens in a small cache.
+side finds its tokens in a small cache; then one layer alone as often (hot), where they may.
 
 Shapes: K kv heads, G query heads per kv head, H = K * G, N tokens, D head size, n block size.
 """
@@ -65,9 +65,9 @@ def run_kernel(options: KernelOptions, on_progress: Callable[[int], None]) -> di
         on_progress: called with the repeats done.
 
     Returns:
-        A JSON-ready report: per side seconds per layer (median and min) and errors; the ratios are
-        spindle over the better stock block size. ``ratios["paired"]`` is the median of the ratios
-        of the same layers in the same round.
+        A JSON-ready report: per side its errors; for "cycling" and "hot" seconds per layer and side
+        (median and min) and ``ratios`` of spindle over the better stock block size, "paired" being
+        the median of those of the same layer in the same round.
     """
     torch.set_num_threads(options.num_threads)
     torch.manual_seed(options.seed)
@@ -76,24 +76,42 @@ def run_kernel(options: KernelOptions, on_progress: Callable[[int], None]) -> di
     sides = {f"stock_{size}": _stock_side(layers, query, size) for size in STOCK_BLOCK_SIZES}
     sides["spindle"] = _spindle_side(layers, query, options)
     errors = {name: side.errors() for name, side in sides.items()}  # the first call compiles
+    calls = {name: side.calls for name, side in sides.items()}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for repeat in range(options.repeats):
-        for name, side in sides.items():
-            for call in side.calls:
-                started = time.perf_counter()
-                call()
-                seconds[name].append(time.perf_counter() - started)
+        _time_round(calls, seconds)
         on_progress(repeat + 1)
-    results = {
-        name: {"median_s": median(times), "min_s": min(times), **errors[name]}
-        for name, times in seconds.items()
-    }
-    best = min((name for name in sides if name != "spindle"), key=lambda n: results[n]["min_s"])
-    pairs = zip(seconds["spindle"], seconds[best], strict=True)
+    hot_calls = {name: side.calls[:1] * options.num_layers for name, side in sides.items()}
+    hot: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(options.repeats):
+        _time_round(hot_calls, hot)
     return {
         "benchmark": "kernel",
         "settings": asdict(options),
         "provenance": provenance(),
+        "errors": errors,
+        "cycling": _compared(seconds),
+        "hot": _compared(hot),
+    }
+
+
+def _time_round(
+    calls: dict[str, list[Callable[[], None]]], seconds: dict[str, list[float]]
+) -> None:
+    for name, of_side in calls.items():
+        for call in of_side:
+            started = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - started)
+
+
+def _compared(seconds: dict[str, list[float]]) -> dict[str, Any]:
+    results = {
+        name: {"median_s": median(times), "min_s": min(times)} for name, times in seconds.items()
+    }
+    best = min((name for name in results if name != "spindle"), key=lambda n: results[n]["min_s"])
+    pairs = zip(seconds["spindle"], seconds[best], strict=True)
+    return {
         "best_stock": best,
         "results": results,
         "ratios": {

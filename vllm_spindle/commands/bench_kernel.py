@@ -46,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
     rounds = iter(track(range(options.repeats), description="rounds", console=console))
     report = run_kernel(options, lambda done: next(rounds, None))
     next(rounds, None)
-    console.print(_kernel_table(report))
+    for kind in ("cycling", "hot"):
+        console.print(_kernel_table(report, kind))
     if not args.no_build:
         report["build"] = run_build(options)
         console.print(_build_table(report["build"]))
@@ -56,24 +57,26 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _kernel_table(report: dict[str, Any]) -> Table:
-    settings, ratios = report["settings"], report["ratios"]
+def _kernel_table(report: dict[str, Any], kind: str) -> Table:
+    settings, timed = report["settings"], report[kind]
+    ratios = timed["ratios"]
+    layers = f"{settings['num_layers']} layers" if kind == "cycling" else "one layer, hot"
     table = Table(
         title=f"decode attention, one layer: {settings['num_tokens']} tokens, "
         f"{settings['num_kv_heads']} kv heads x {settings['group']} queries x "
         f"{settings['head_size']}, entries at {settings['entries_ratio']:.0%}",
-        caption=f"{settings['repeats']} rounds over {settings['num_layers']} layers, "
+        caption=f"{settings['repeats']} rounds over {layers}, "
         f"{settings['num_threads']} thread(s), {report['provenance']['cpu']}\n"
-        f"spindle / {report['best_stock']}: {ratios['min']:.2f} of minima, "
+        f"spindle / {timed['best_stock']}: {ratios['min']:.2f} of minima, "
         f"{ratios['median']:.2f} of medians, {ratios['paired']:.2f} paired",
     )
     for title in ("", "min, ms", "median, ms", "max error", "rms error"):
         table.add_column(title, justify="right" if title else "left")
-    for name, result in report["results"].items():
+    for name, result in timed["results"].items():
         table.add_row(
             name,
             *(f"{1e3 * result[key]:.2f}" for key in ("min_s", "median_s")),
-            *(f"{result[key]:.1e}" for key in ("max_error", "rms_error")),
+            *(f"{report['errors'][name][key]:.1e}" for key in ("max_error", "rms_error")),
         )
     return table
 
@@ -83,7 +86,11 @@ def _build_table(build: dict[str, Any]) -> Table:
     table = Table(
         title="building one layer's codebooks, keys and values",
         caption=f"wall {1e3 * wall['min']:.0f} ms min, {1e3 * wall['median']:.0f} ms median; "
-        f"processor {1e3 * processor['min']:.0f} ms min, {1e3 * processor['median']:.0f} ms median",
+        f"processor {1e3 * processor['min']:.0f} ms min, "
+        f"{1e3 * processor['median']:.0f} ms median\n"
+        + ", ".join(
+            f"{name}: {points:+.2f} points" for name, points in build["points_of_full"].items()
+        ),
     )
     for title in ("first head", "tokens in", "entries", "mean similarity"):
         table.add_column(title, justify="left" if title == "first head" else "right")

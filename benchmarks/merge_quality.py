@@ -23,9 +23,10 @@ RATIOS = (0.5, 0.3, 0.2, 0.15)
 SEED = 123
 MODES: dict[str, dict[str, Any]] = {
     "evict": {},
+    "evict, heads alike": {"budget": "uniform"},
     "merge": {"method": "merge"},
     "both": {"method": "both"},
-    "evict, a band a layer": {"num_bands": 6},
+    "evict, a band a layer": {"num_bands": 6, "budget": "uniform"},
     "merge layer 0, evict the rest": {"band_methods": ["merge"] + ["evict"] * 5},
 }
 
@@ -75,8 +76,8 @@ def calibrated(model: str, ratio: float, prompt_len: int) -> dict[str, Any]:
         command += ["--prompt-len", str(prompt_len), "--num-prompts", "4", "--out", plan.name]
         subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
         config = yaml.safe_load(plan.read())
-    names = ("num_bands", "band_methods", "key_share", "theta_key", "theta_value")
-    return {name: config[name] for name in names}
+    names = ("budget", "num_bands", "band_methods", "key_share", "theta_key", "theta_value")
+    return {name: config[name] for name in names if name in config}
 
 
 def in_child(*arguments: Any) -> list[Any]:
@@ -89,20 +90,24 @@ def true_ratio(model: str, config: dict[str, Any], ratio: float, prompt_len: int
     """Bytes held over the prompt's, padding included."""
     from vllm_spindle.commands.geometry import read_geometry
     from vllm_spindle.commands.plan import make_report
-    from vllm_spindle.config import load_config
+    from vllm_spindle.config import load_config, with_profile
     from vllm_spindle.policy import SpindlePolicy
 
     geometry = read_geometry(model)
-    options = load_config({**config, "keep_ratio": ratio})
+    options = with_profile(load_config({**config, "keep_ratio": ratio}), model)
     policy = SpindlePolicy(options, geometry.num_layers, 32, geometry.num_queries_per_kv)
     return float(make_report(policy, geometry, prompt_len)["true_ratio"])
 
 
 def is_same(config: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two configurations evict everywhere in the same number of bands."""
-    methods = [c.get("band_methods") or [c.get("method", "evict")] for c in (config, other)]
-    bands = [c.get("num_bands") or len(c.get("band_methods") or [0] * 3) for c in (config, other)]
-    return all(set(each) == {"evict"} for each in methods) and bands[0] == bands[1]
+    """Whether two configurations evict everywhere, by the same budgets in as many bands."""
+
+    def of(each: dict[str, Any]) -> tuple[set[str], str, int | None]:
+        methods = each.get("band_methods") or [each.get("method", "evict")]
+        bands = each.get("num_bands") or (len(methods) if each.get("band_methods") else None)
+        return set(methods), each.get("budget", "auto"), bands
+
+    return of(config) == of(other) and of(config)[0] == {"evict"}
 
 
 def main() -> int:

@@ -70,6 +70,14 @@ class Measured:
     wholes: tuple[WholeMeasure, ...]
     chosen: WholeMeasure
 
+    @property
+    def plan(self) -> SpindleConfig:
+        """The configuration with the chosen methods, for serving."""
+        methods = self.chosen.band_methods
+        return self.config.model_copy(
+            update={"band_methods": methods, "num_bands": len(methods), "method": "evict"}
+        )
+
     def as_report(self) -> dict[str, Any]:
         """Bands and whole plans, ready for JSON."""
         return {

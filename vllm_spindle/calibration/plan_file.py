@@ -1,5 +1,6 @@
 """The YAML that calibration writes and serving loads: the plan, under a header that tells why."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -16,8 +17,7 @@ def plan_text(config: SpindleConfig, report: dict[str, Any], command: str, out: 
         command: that made it.
         out: path of the file, for the line that says how to serve it.
     """
-    fields = config.model_dump(exclude={"method"}, exclude_none=True)
-    fields["band_methods"] = list(fields["band_methods"])
+    fields = config.model_dump(mode="json", exclude={"method"}, exclude_none=True)
     lengths = f"{report['shortest_prompt']} to {report['longest_prompt']}"
     header = [
         f"SpindleKV, calibrated: {config.keep_ratio:.0%} of every prompt's KV cache.",
@@ -37,6 +37,14 @@ def plan_text(config: SpindleConfig, report: dict[str, Any], command: str, out: 
         "",
         *(_whole_line(whole) for whole in report["wholes"]),
         "",
+        "How alike: entries that a whole prompt needs over its tokens, layer by layer, mean over",
+        f"kv heads, at theta {config.theta_key:g} (keys) and {config.theta_value:g} (values):",
+        "",
+        *(
+            f"{'  ' + name:<10}" + " ".join(f"{_mean(c[name]):4.2f}" for c in report["covers"])
+            for name in ("keys", "values")
+        ),
+        "",
         f"Run:      vllm serve {report['model']} --block-size {report['block_size']} \\",
         f'              --additional-config \'{{"spindle": "{out}"}}\'',
         'Override: edit a value below; for one request, "vllm_xargs": {"spindle_keep_ratio": 0.6}.',
@@ -55,7 +63,14 @@ def _band_line(band: dict[str, Any]) -> str:
 
 
 def _whole_line(whole: dict[str, Any]) -> str:
-    return (
-        f"{' '.join(whole['band_methods']):<44} KL {whole['divergence']:.4f}   "
-        f"same {whole['agreement']:.3f}"
-    )
+    return f"{plan_name(whole):<44} KL {whole['divergence']:.4f}   same {whole['agreement']:.3f}"
+
+
+def plan_name(whole: dict[str, Any]) -> str:
+    """The methods, band by band, or that the model's profile says who keeps what."""
+    is_measured = whole.get("budget") == "measured"
+    return "evict, by the profile" if is_measured else " ".join(whole["band_methods"])
+
+
+def _mean(shares: Sequence[float]) -> float:
+    return sum(shares) / len(shares)

@@ -10,12 +10,14 @@ from typing import Any
 
 from vllm_spindle.commands.dials import add_dials, read_dials
 from vllm_spindle.commands.geometry import ModelGeometry, read_geometry
-from vllm_spindle.config import SpindleConfig
+from vllm_spindle.config import SpindleConfig, with_profile
 from vllm_spindle.core.bands import MAX_DEFAULT_BANDS, default_num_bands, usable_num_bands
 from vllm_spindle.policy import SpindlePolicy
 
 DEFAULT_KEEP_RATIO = 0.25
 KEY_SHARES = (0.5, 0.35, 0.65)  # of equals the first: the default
+BY_PROFILE = {"budget": "auto", "head_shares": None, "num_bands": None, "band_methods": None}
+"""Dials of a plan that leaves it all to the profile beside the model."""
 CHOSEN_HERE = ("method", "band_methods", "num_bands")
 
 
@@ -76,18 +78,30 @@ def run(args: argparse.Namespace) -> int:
         )
     # Measured without: a prefix is kept as it is, whatever is chosen for the rest.
     protected = {"protected_prefix_tokens": base.protected_prefix_tokens}
-    # A codebook's kv heads are alike, so all methods are compared with heads alike.
-    alike = {"budget": "uniform" if base.budget == "auto" else base.budget}
-    base = base.model_copy(update={"protected_prefix_tokens": 0, **alike})
+    base = base.model_copy(update={"protected_prefix_tokens": 0})
     geometry = read_geometry(args.model)
+
+    def make_policy(config: SpindleConfig) -> SpindlePolicy:
+        return SpindlePolicy(
+            config, geometry.num_layers, args.block_size, geometry.num_queries_per_kv
+        )
+
+    profiled = with_profile(base, args.model)
+    # A codebook's kv heads are alike, so all methods are compared with heads alike.
+    alike = base.model_copy(update={"budget": "uniform" if base.budget == "auto" else base.budget})
     key_shares = KEY_SHARES if args.key_share is None else (base.key_share,)
-    policies = [
-        SpindlePolicy(config, geometry.num_layers, args.block_size, geometry.num_queries_per_kv)
-        for config in _candidates(base, _band_numbers(args.num_bands, geometry), key_shares)
-    ]
+    band_numbers = _band_numbers(args.num_bands, geometry)
+    policies = [make_policy(config) for config in _candidates(alike, band_numbers, key_shares)]
     source, prompts = _read(args)
     _check_lengths(prompts, geometry, args.new_tokens, policies[0])
-    config, report = calibrate(args.model, args.dtype, prompts, policies, args.new_tokens)
+    config, report = calibrate(
+        args.model,
+        args.dtype,
+        prompts,
+        policies,
+        args.new_tokens,
+        profiled=make_policy(profiled) if profiled.budget == "measured" else None,
+    )
     config = config.model_copy(update=protected)
     report = {
         "model": args.model,
@@ -118,6 +132,7 @@ def calibrate(
     prompts: Sequence[Sequence[int]],
     policies: Sequence[SpindlePolicy],
     num_new: int,
+    profiled: SpindlePolicy | None = None,
 ) -> tuple[SpindleConfig, dict[str, Any]]:
     """Run the model and choose.
 
@@ -127,12 +142,14 @@ def calibrate(
         prompts: token ids.
         policies: configurations to try, all with the same window.
         num_new: most tokens of each answer.
+        profiled: eviction by the model's profile, which competes with the best of them as a whole;
+            of equals it wins: nothing is built at its reductions.
 
     Returns:
-        The plan, and what was measured, ready for JSON.
+        The plan (``budget`` auto where the profile wins), and what was measured, ready for JSON.
     """
     from vllm_spindle.calibration.capture import capture, load_model
-    from vllm_spindle.calibration.choice import choose_plan, measure_bands
+    from vllm_spindle.calibration.choice import choose_plan, choose_whole, measure_bands
     from vllm_spindle.calibration.measure import Bench, mean_covers, mean_unfolded
 
     loaded = load_model(model, dtype)
@@ -143,10 +160,12 @@ def calibrate(
     ]
     measured = [measure_bands(Bench(loaded, captured, policy)) for policy in policies]
     best = choose_plan(measured)
-    methods = best.chosen.band_methods
-    config = best.config.model_copy(
-        update={"band_methods": methods, "num_bands": len(methods), "method": "evict"}
-    )
+    config, wholes = best.plan, [whole.as_report() for whole in best.wholes]
+    if profiled is not None:
+        evicts = Bench(loaded, captured, profiled).whole(("evict",) * len(profiled.bands))
+        wholes.append(evicts.as_report() | {"budget": "measured"})
+        if choose_whole([evicts, best.chosen]) is evicts:
+            config = profiled.config.model_copy(update=BY_PROFILE)
     lengths = [len(prompt) for prompt in prompts]
     is_grouped = policies[0].num_queries_per_kv > 1
     report = {
@@ -157,6 +176,7 @@ def calibrate(
         "block_size": policies[0].block_size,
         "config": config.model_dump(mode="json"),
         **best.as_report(),
+        "wholes": wholes,
         "covers": mean_covers(policies[0], captured),
         "unfolded": mean_unfolded(policies[0], captured) if is_grouped else [],
         "tried": [

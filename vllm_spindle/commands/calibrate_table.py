@@ -5,6 +5,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from vllm_spindle.calibration.plan_file import plan_name
+
 
 def print_calibration(report: dict[str, Any]) -> None:
     """Print what ``calibrate.make_report`` found."""
@@ -90,12 +92,18 @@ def _wholes(report: dict[str, Any]) -> Table:
         table.add_column(title, justify="right")
     for whole in report["wholes"]:
         table.add_row(
-            " ".join(whole["band_methods"]),
+            plan_name(whole),
             f"{whole['divergence']:.4f}",
             f"{whole['agreement']:.3f}",
-            style="bold" if whole["band_methods"] == report["config"]["band_methods"] else None,
+            style="bold" if _is_written(whole, report["config"]) else None,
         )
     return table
+
+
+def _is_written(whole: dict[str, Any], config: dict[str, Any]) -> bool:
+    if config["band_methods"] is None:
+        return whole.get("budget") == "measured"
+    return "budget" not in whole and whole["band_methods"] == config["band_methods"]
 
 
 def _shares(shares: list[float]) -> str:

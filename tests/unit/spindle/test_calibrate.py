@@ -1,6 +1,7 @@
 """Calibration: the choice rule, the measures against oracles, and the plan that serving loads."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from vllm_spindle.calibration.measure import METHODS, BandMeasure, Bench, WholeM
 from vllm_spindle.calibration.plan_file import plan_text
 from vllm_spindle.calibration.reduce import cover_sizes, dense, reduce_layer
 from vllm_spindle.calibration.unfolded import unfold_layer
-from vllm_spindle.config import SpindleConfig, load_config
+from vllm_spindle.config import PROFILE_FILE, SpindleConfig, load_config
 from vllm_spindle.core.reference import attend_reduced
 from vllm_spindle.policy import SpindlePolicy
 
@@ -192,6 +193,37 @@ def test_the_plan_is_what_serving_loads(
     assert str(plan) in out.replace("\n", "")
 
 
+@pytest.mark.parametrize(("num_words", "theta", "wins"), [(12, "0.95", False), (200, "1.0", True)])
+def test_eviction_by_the_profile_competes(
+    folder: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    num_words: int,
+    theta: str,
+    wins: bool,
+) -> None:
+    """Where it moves the answers least, the plan leaves the heads to the profile.
+
+    Few words: layer 0 merges without loss, and no eviction comes near. Nothing alike: none merges.
+    """
+    model = shutil.copytree(folder, tmp_path / "model")
+    shares = tiny.head_shares(num_layers=NUM_LAYERS, num_heads=2)
+    (model / PROFILE_FILE).write_text(json.dumps({"head_shares": shares}), encoding="utf-8")
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [json.dumps({"prompt_token_ids": ids}) for ids in few_words(2, num_words)]
+    prompts.write_text("\n".join(lines), encoding="utf-8")
+    argv = [str(model), "--prompts", str(prompts), "--keep-ratio", "0.5", "--num-bands", "3"]
+    argv += ["--key-share", "0.5", "--theta-key", theta, "--theta-value", theta]
+    code, out, _ = calibrate(capsys, *argv, "--new-tokens", "4", "--json")
+    report = json.loads(out)
+    *others, measured = report["wholes"]
+    assert code == 0
+    assert measured["budget"] == "measured" and all("budget" not in each for each in others)
+    assert (measured["divergence"] < min(each["divergence"] for each in others)) == wins
+    config = load_config(report["config"])
+    assert (config.budget == "auto" and config.band_methods is None) == wins
+
+
 def test_every_plan_survives_its_file(tmp_path: Path) -> None:
     """Any configuration that calibration can make is loaded as it was."""
     report: dict[str, Any] = {
@@ -203,12 +235,17 @@ def test_every_plan_survives_its_file(tmp_path: Path) -> None:
         "block_size": 32,
         "bands": [],
         "wholes": [],
+        "covers": [{"keys": [0.2, 0.4], "values": [1.0]}],
     }
+    by_profile = SpindleConfig(keep_ratio=0.3)
+    path = tmp_path / "plan.yaml"
+    path.write_text(plan_text(by_profile, report, "command", str(path)), encoding="utf-8")
+    assert load_config(path) == by_profile
+    assert "#   keys    0.30" in path.read_text(encoding="utf-8")
     for methods in (("evict",), ("merge", "both", "evict")):
         config = SpindleConfig(
             keep_ratio=0.15, num_bands=len(methods), band_methods=methods, theta_key=0.9
         )
-        path = tmp_path / "plan.yaml"
         path.write_text(plan_text(config, report, "command", str(path)), encoding="utf-8")
         assert load_config(path) == config
 

@@ -17,6 +17,8 @@ MODES = {
     "mixed": {"band_methods": ["merge", "both", "evict"], "theta_key": 0.9, "key_share": 0.25},
 }
 PROMPT_LENS = [1500, 1024, 801, 300, 95]
+LONGEST = PROMPT_LENS[0]
+CHUNKS = {"whole": 2048, "64": 64, "300": 300, "window-cut": LONGEST - 16}
 
 
 def codebooks(model: str, modes: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -46,9 +48,31 @@ def codebooks(model: str, modes: dict[str, dict[str, Any]]) -> dict[str, Any]:
                 "idle_free": running.is_idle_and_free,
                 "bands": running.scheduler._stats["bands"],
             }
+            if mode_name == "both":
+                answers["chunks"] = {
+                    name: _alone(running, prompts[0], chunk) for name, chunk in CHUNKS.items()
+                }
             if mode_name == "mixed":
                 answers["hundred"] = _hundred(running, policy)
     return answers
+
+
+def _alone(running: Any, prompt: list[int], chunk: int) -> dict[str, Any]:
+    """What one prompt's codebooks hold and what it answers."""
+    from engine_probe.engines import Ask
+    from engine_probe.twin import capture, entered_last_layer
+
+    running.chunk(chunk)
+    with capture() as seen:
+        tokens = running.run([Ask(prompt, max_tokens=30)])
+    held = {}
+    for (_, layer), each in seen.codebooks.items():
+        *books, positions = each[-1]
+        held[layer] = {
+            "positions": [of_head.tolist() for of_head in positions],
+            "codes": [[book.codes.tolist() for book in side] for side in books],
+        }
+    return {"tokens": tokens, "held": held, "entered": entered_last_layer(seen, LONGEST)}
 
 
 def _hundred(running: Any, policy: Any) -> dict[str, Any]:
@@ -100,6 +124,25 @@ def test_a_band_that_evicts_beside_them_keeps_what_the_core_chooses(
     assert found["kept_layers"] > 0
     assert found["kept_differ"] == 0
     assert found["error"] < 5e-3
+
+
+@pytest.mark.parametrize("chunk", [name for name in CHUNKS if name != "whole"])
+def test_chunked_equals_whole(answers: dict[str, Any], chunk: str) -> None:
+    """However the prompt is cut: the same tokens behind the same codes, the same answer.
+
+    Where stock vLLM rounds by chunk itself (``tests/engine/test_twin.py``): nearly the same tokens.
+    """
+    whole, cut = (answers["chunks"][name] for name in ("whole", chunk))
+    assert len(whole["held"]) >= 4
+    if cut["entered"] == whole["entered"]:
+        assert cut == whole
+        return
+    same, held = 0, 0
+    for layer, of_layer in whole["held"].items():
+        pairs = zip(of_layer["positions"], cut["held"][layer]["positions"], strict=True)
+        for ours, theirs in pairs:
+            same, held = same + len({*ours} & {*theirs}), held + len(ours)
+    assert same >= 0.9 * held > 0
 
 
 @pytest.mark.parametrize("mode", MODES)

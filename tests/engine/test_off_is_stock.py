@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+import tiny
 from engine_child import in_child
 
 pytestmark = pytest.mark.engine
@@ -15,6 +16,11 @@ OFF = {
     "keep-ratio-1": {"keep_ratio": 1.0},
     # On, but every request asks for all of its cache.
     "requests-keep-all": {"keep_ratio": 0.25},
+    "codebooks-keep-all": {"keep_ratio": 0.25, "method": "both"},
+    "heads-keep-all": {
+        "keep_ratio": 0.25,
+        "head_shares": tiny.head_shares(num_layers=2, num_heads=2),
+    },
 }
 # Two ranks first: a one-rank engine binds its very process to its cores. In bf16 the sum over two
 # ranks rounds otherwise than one rank's, in stock vLLM too, so the two are compared in float32.
@@ -62,7 +68,6 @@ def answers(model: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _answer(model: str, spindle: dict[str, Any] | None, options: dict[str, Any]) -> dict[str, Any]:
-    import tiny
     from engine_probe.engines import Ask, engine
 
     prompts = tiny.prompts(NUM_PROMPTS, list(range(500, 1150, 43)), seed=2)

@@ -13,6 +13,7 @@ SPINDLE = {"keep_ratio": 0.25}
 EXACT = {"dtype": "float32", "max_num_seqs": 16}
 NUM_REQUESTS = 80
 SYSTEM = 400
+NUM_SHARING, SHARED, OWN = 64, 1000, 500
 TURNS = 6
 BLOCK = 32
 AUTO = {**SPINDLE, "protected_prefix_tokens": "auto"}
@@ -128,6 +129,28 @@ def on_ranks(model: str) -> dict[str, Any]:
     return found
 
 
+def sharing(model: str) -> dict[str, dict[str, int]]:
+    """64 requests at once behind one start that they name, stock and spindle in the same memory."""
+    from engine_probe.engines import Ask, engine
+
+    start, *ends = (
+        prompt["prompt_token_ids"]
+        for prompt in tiny.prompts(1 + NUM_SHARING, [SHARED] + [OWN] * NUM_SHARING, seed=80)
+    )
+    options = {**EXACT, "kv_cache_memory_bytes": 8 << 20, "max_num_seqs": NUM_SHARING}
+    found = {}
+    for name, spindle, protected in (("stock", None, None), ("spindle", SPINDLE, SHARED)):
+        with engine(model, spindle, enable_prefix_caching=True, **options) as running:
+            for index, end in enumerate(ends):
+                running.add(f"r{index}", Ask(start + end, 32, protected=protected))
+            peak, cached = 0, 0
+            while running.engine.has_unfinished_requests():
+                cached += sum(out.num_cached_tokens for out in running.step() if out.finished)
+                peak = max(peak, len(running.scheduler.running))
+        found[name] = {"peak": peak, "cached": cached}
+    return found
+
+
 @pytest.fixture(scope="module")
 def found(llama: str) -> dict[str, Any]:
     """Every run."""
@@ -156,6 +179,14 @@ def test_plan_is_held_and_nothing_shared_is_written(found: dict[str, Any], run: 
 def test_a_protected_prefix_is_hit_whole(found: dict[str, Any]) -> None:
     """More than without protection, where the shallowest band's region cuts a hit short."""
     assert found["named"]["cached"] > found["unprotected_cached"] > 0
+
+
+def test_a_named_start_is_shared_as_in_stock_and_more_run(small_llama: str) -> None:
+    """At least 90 % of stock's hit tokens, and 2.5 times as many at once."""
+    counts = in_child(sharing, model=small_llama)
+    stock, spindle = counts["stock"], counts["spindle"]
+    assert spindle["cached"] >= 0.9 * stock["cached"] > 0
+    assert spindle["peak"] >= 2.5 * stock["peak"] > 0
 
 
 def test_every_turn_of_a_chat_finds_the_prefix(found: dict[str, Any]) -> None:

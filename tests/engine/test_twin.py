@@ -36,11 +36,10 @@ CHUNKS = {"64": 64, "300": 300, "2048": 2048, "window-cut": LONGEST - 16, "last-
 def twin(model: str, modes: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Per mode: agreement of a mixed batch in whole prompts, and in chunks of 300; and what the
     longest prompt keeps and answers by chunk size."""
-    import hashlib
     from dataclasses import asdict
 
     from engine_probe.engines import Ask, engine
-    from engine_probe.twin import capture, compare
+    from engine_probe.twin import capture, compare, entered_last_layer
 
     prompts = [each["prompt_token_ids"] for each in tiny.prompts(5, PROMPT_LENS, seed=1)]
     own = [None, None, 0.5, None, None]
@@ -66,13 +65,10 @@ def twin(model: str, modes: dict[str, dict[str, Any]]) -> dict[str, Any]:
                 with capture() as seen:
                     tokens = running.run([Ask(prompts[0], max_tokens=40)])
                 kept = {layer: each[-1].tolist() for (_, layer), each in seen.kept.items()}
-                last = max(layer for _, layer in seen.rows)
-                [rows] = [each for (_, layer), each in seen.rows.items() if layer == last]
-                entered = [each[:LONGEST].float().tolist() for each in rows.joined()[:2]]
                 answer["chunks"][name] = {
                     "tokens": tokens,
                     "kept": kept,
-                    "entered": hashlib.sha256(repr(entered).encode()).hexdigest(),
+                    "entered": entered_last_layer(seen, LONGEST),
                 }
             answer["idle_free"] = running.is_idle_and_free
             answers[mode_name] = answer

@@ -4,6 +4,7 @@ Queries, keys and values are taken as they enter the attention layer, row by row
 the twin works on them alone and never reads the paged cache.
 """
 
+import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -126,6 +127,17 @@ def capture() -> Iterator[Captured]:
         regions.choose_kept = stock_choose
         regions.pack_region = stock_pack
         regions.keep_by_head = stock_keep
+
+
+def entered_last_layer(seen: Captured, num_tokens: int) -> str:
+    """Digest of a lone request's queries and keys in its last layer, which follow from all before.
+
+    Equal digests: how the prompt was cut changed no bit of it, so it may change nothing else.
+    """
+    last = max(layer for _, layer in seen.rows)
+    [rows] = [each for (_, layer), each in seen.rows.items() if layer == last]
+    entered = [each[:num_tokens].float().tolist() for each in rows.joined()[:2]]
+    return hashlib.sha256(repr(entered).encode()).hexdigest()
 
 
 @dataclass

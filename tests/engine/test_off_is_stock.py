@@ -9,7 +9,8 @@ from engine_child import in_child
 
 pytestmark = pytest.mark.engine
 
-NUM_PROMPTS = 32
+NUM_PROMPTS = {"tp1": 32, "tp1-float32": 12, "tp2": 12}
+LENGTHS = list(range(310, 700, 26))
 NUM_TOKENS = 8
 OFF = {
     "not-asked": None,
@@ -63,14 +64,16 @@ def answers(model: str, settings: dict[str, Any]) -> dict[str, Any]:
                 os.environ.pop(name, None)
         for name, spindle in settings.items():
             if (name, ranks) in RUNS:
-                found[f"{name}-{ranks}"] = _answer(model, spindle, options)
+                found[f"{name}-{ranks}"] = _answer(model, spindle, options, NUM_PROMPTS[ranks])
     return found
 
 
-def _answer(model: str, spindle: dict[str, Any] | None, options: dict[str, Any]) -> dict[str, Any]:
+def _answer(
+    model: str, spindle: dict[str, Any] | None, options: dict[str, Any], num_prompts: int
+) -> dict[str, Any]:
     from engine_probe.engines import Ask, engine
 
-    prompts = tiny.prompts(NUM_PROMPTS, list(range(500, 1150, 43)), seed=2)
+    prompts = tiny.prompts(num_prompts, LENGTHS, seed=2)
     is_on = spindle is not None and spindle["keep_ratio"] < 1
     with engine(model, spindle, **options) as running:
         found: dict[str, Any] = {"classes": running.describe()}
@@ -85,7 +88,7 @@ def _answer(model: str, spindle: dict[str, Any] | None, options: dict[str, Any])
                 )
                 running.add(f"r{index}", ask)
             finished = running.drain()
-            outputs = [finished[f"r{index}"].outputs[0] for index in range(NUM_PROMPTS)]
+            outputs = [finished[f"r{index}"].outputs[0] for index in range(num_prompts)]
             found[chunking] = {
                 "tokens": [list(output.token_ids) for output in outputs],
                 "logprobs": [[_by_token(step) for step in output.logprobs] for output in outputs],
@@ -117,7 +120,7 @@ def test_stock_is_stock(stock_answers: dict[str, Any]) -> None:
     """The yardstick ran without a line of ours, and its prompts are answered differently."""
     assert stock_answers["loaded"] == []
     tokens = stock_answers["stock-tp1"]["whole"]["tokens"]
-    assert len({tuple(each) for each in tokens}) == NUM_PROMPTS
+    assert len({tuple(each) for each in tokens}) == NUM_PROMPTS["tp1"]
 
 
 @pytest.mark.parametrize(("setting", "ranks"), [run for run in RUNS if run[0] != "stock"])
@@ -125,7 +128,7 @@ def test_stock_is_stock(stock_answers: dict[str, Any]) -> None:
 def test_off_answers_as_stock(
     stock_answers: dict, plugin_answers: dict, setting: str, ranks: str, chunking: str
 ) -> None:
-    """32 of 32 long prompts: the same tokens, the same log-probabilities to the last bit."""
+    """Every prompt: the same tokens, the same log-probabilities to the last bit."""
     expected = stock_answers[f"stock-{ranks}"][chunking]
     found = plugin_answers[f"{setting}-{ranks}"][chunking]
     assert found["tokens"] == expected["tokens"]
@@ -153,7 +156,7 @@ def test_two_ranks_reduce_as_one(stock_answers: dict, plugin_answers: dict) -> N
         assert found["problems"] == []
         assert found["idle_free"]
         assert found["left_over"] == []
-        assert found["reduced_rows"] > NUM_PROMPTS
+        assert found["reduced_rows"] > NUM_PROMPTS["tp2"]
     whole, whole_by_two = (
         stock_answers[f"stock-{ranks}"]["chunks-of-300"]["tokens"]
         for ranks in ("tp1-float32", "tp2")

@@ -65,19 +65,31 @@ def message(words: str, *seeds: int) -> dict[str, Any]:
 
 
 def ask(
-    client: openai.OpenAI, messages: list[dict[str, Any]], keep_ratio: object = None
+    client: openai.OpenAI,
+    messages: list[dict[str, Any]],
+    keep_ratio: object = None,
+    *,
+    streams: bool = False,
 ) -> tuple[int, str]:
-    """Prompt tokens and the answer."""
+    """Prompt tokens and the answer, in one piece or put together from a stream."""
     extra: dict[str, Any] = {"ignore_eos": True}
     if keep_ratio is not None:
         extra["vllm_xargs"] = {"covipal_keep_ratio": keep_ratio}
-    answer = client.chat.completions.create(
-        model=client.models.list().data[0].id,
-        messages=messages,
-        max_tokens=6,
-        temperature=0,
-        extra_body=extra,
-    )
+    asked = {
+        "model": client.models.list().data[0].id,
+        "messages": messages,
+        "max_tokens": 6,
+        "temperature": 0,
+        "extra_body": extra,
+    }
+    if streams:
+        *chunks, last = client.chat.completions.create(
+            **asked, stream=True, stream_options={"include_usage": True}
+        )
+        assert len(chunks) > 2
+        pieces = [chunk.choices[0].delta.content or "" for chunk in chunks]
+        return last.usage.prompt_tokens, "".join(pieces)
+    answer = client.chat.completions.create(**asked)
     return answer.usage.prompt_tokens, answer.choices[0].message.content
 
 
@@ -186,7 +198,8 @@ def test_two_hundred_requests_leave_nothing(server: VllmServer, client: openai.O
             with pytest.raises(openai.BadRequestError):
                 ask(client, [message(words, *seeds)], -1)
         else:
-            assert ask(client, [message(words, *seeds)], ratio) == alone[i % len(cases)]
+            found = ask(client, [message(words, *seeds)], ratio, streams=i % 2 == 0)
+            assert found == alone[i % len(cases)]
 
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         list(pool.map(one, range(NUM_MIXED)))

@@ -72,6 +72,7 @@ def answers(model: str, family: str) -> dict[str, Any]:
 def _ratios_that_come_late(llm: Any, family: str) -> dict[str, str]:
     """What a request is told whose ``SamplingParams`` ask for a ratio; empty if it is served."""
     from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
 
     from engine_probe.lvlm import LvlmAsk
 
@@ -84,7 +85,7 @@ def _ratios_that_come_late(llm: Any, family: str) -> dict[str, str]:
         try:
             llm.generate([ask.prompt(family)], params, use_tqdm=False)
             said[name] = ""
-        except ValueError as error:
+        except VLLMValidationError as error:
             said[name] = str(error)
     return said
 

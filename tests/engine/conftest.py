@@ -15,6 +15,15 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
+def thin_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Three layers (three bands), four query heads on two kv heads: for many requests."""
+    import tiny
+
+    folder: Path = tmp_path_factory.mktemp("thin-llama")
+    return str(tiny.write_llama(folder, num_layers=3, num_heads=4))
+
+
+@pytest.fixture(scope="session")
 def small_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Two layers (two bands), four query heads on two kv heads: where counts matter, not values."""
     import tiny

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.engine
 NUM_REQUESTS = 200
 SPINDLE = {"keep_ratio": 0.25}
 # Every kv head in blocks of its own.
-HEADS = {**SPINDLE, "head_shares": tiny.head_shares(num_layers=6, num_heads=2)}
+HEADS = {**SPINDLE, "head_shares": tiny.head_shares(num_layers=3, num_heads=2)}
 NUM_WITH_HEADS = 60
 NEEDLE = str(Path(__file__).parents[2] / "models" / "needle")
 NUM_QUESTIONS = 16
@@ -32,7 +32,7 @@ def on_and_off(model: str) -> dict[str, Any]:
         found["off"], _ = answered(running, asks, aborts=False)
     with engine(model, HEADS, **exact) as running:
         found["heads off"], _ = answered(running, asks[:NUM_WITH_HEADS], aborts=False)
-    little = {**exact, "kv_cache_memory_bytes": 4608 << 10, "max_model_len": 1216}
+    little = {**exact, "kv_cache_memory_bytes": 2304 << 10, "max_model_len": 1216}
     runs = {
         "whole": (SPINDLE, exact),
         "chunks": (SPINDLE, {**exact, "max_num_batched_tokens": 200}),
@@ -106,9 +106,9 @@ def needle_answers() -> dict[str, list[Any]]:
 
 
 @pytest.fixture(scope="module")
-def found(llama: str) -> dict[str, Any]:
+def found(thin_llama: str) -> dict[str, Any]:
     """Every run."""
-    return in_child(on_and_off, model=llama)
+    return in_child(on_and_off, model=thin_llama)
 
 
 @pytest.mark.parametrize("run", ["whole", "chunks", "little memory", "heads"])
@@ -153,8 +153,8 @@ def test_most_of_stocks_hits_remain(found: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("cap", ["hash", "hit"])
-def test_the_checker_sees_a_missing_cap(llama: str, cap: str) -> None:
+def test_the_checker_sees_a_missing_cap(thin_llama: str, cap: str) -> None:
     """It would say so, were blocks hashed, or hits taken, as in stock vLLM."""
-    said = in_child(without_the_cap, model=llama, cap=cap)
+    said = in_child(without_the_cap, model=thin_llama, cap=cap)
     assert said["checked"] > 0
     assert said["written_shared"] > 0

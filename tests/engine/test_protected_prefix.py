@@ -17,7 +17,7 @@ NUM_SHARING, SHARED, OWN = 64, 1000, 500
 TURNS = 6
 BLOCK = 32
 AUTO = {**SPINDLE, "protected_prefix_tokens": "auto"}
-HEADS = {**SPINDLE, "head_shares": tiny.head_shares(num_layers=6, num_heads=2)}
+HEADS = {**SPINDLE, "head_shares": tiny.head_shares(num_layers=3, num_heads=2)}
 # Two ranks first: a one-rank engine binds its very process to its cores.
 RANKS: dict[str, tuple[int, dict[str, Any], bool]] = {
     "2": (2, AUTO, True),
@@ -43,7 +43,7 @@ def protected(model: str) -> dict[str, Any]:
         "little memory": (
             SPINDLE,
             asks,
-            {**EXACT, "kv_cache_memory_bytes": 4608 << 10, "max_model_len": 1216},
+            {**EXACT, "kv_cache_memory_bytes": 2304 << 10, "max_model_len": 1216},
         ),
         "auto": ({**SPINDLE, "protected_prefix_tokens": "auto"}, plain, EXACT),
         "codebooks": ({**SPINDLE, "method": "both", "window": 32}, asks, {"max_num_seqs": 16}),
@@ -152,9 +152,9 @@ def sharing(model: str) -> dict[str, dict[str, int]]:
 
 
 @pytest.fixture(scope="module")
-def found(llama: str) -> dict[str, Any]:
+def found(thin_llama: str) -> dict[str, Any]:
     """Every run."""
-    return in_child(protected, model=llama)
+    return in_child(protected, model=thin_llama)
 
 
 @pytest.mark.parametrize("run", ["named", "chunks", "little memory"])
@@ -209,9 +209,9 @@ def test_samples_of_a_prompt_share_it(found: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def ranks(llama: str) -> dict[str, Any]:
+def ranks(thin_llama: str) -> dict[str, Any]:
     """See ``on_ranks``."""
-    return in_child(on_ranks, env={"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, model=llama)
+    return in_child(on_ranks, env={"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, model=thin_llama)
 
 
 def test_ranks_agree_on_what_recurs(ranks: dict[str, Any]) -> None:

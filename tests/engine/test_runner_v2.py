@@ -19,7 +19,7 @@ ON = {"keep_ratio": 0.25}
 PROMPT_LENS = [500, 257, 95, 513]
 # The second and the last prompt end in a chunk of one token.
 CHUNK = 256
-LITTLE = {"kv_cache_memory_bytes": 2304 << 10, "max_model_len": 704, "max_num_seqs": 8}
+LITTLE = {"kv_cache_memory_bytes": 1152 << 10, "max_model_len": 704, "max_num_seqs": 8}
 LONG = 100  # more tokens for each answer, where memory is little
 MODES: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
     "not asked": (None, {}),
@@ -38,9 +38,9 @@ SHARING: dict[str, dict[str, Any]] = {
     "1.0": {"keep_ratio": 1.0},
     "0.5": {"keep_ratio": 0.5},
     "0.25": ON,
-    "heads": {**ON, "head_shares": tiny.head_shares(num_layers=6, num_heads=2)},
+    "heads": {**ON, "head_shares": tiny.head_shares(num_layers=3, num_heads=2)},
 }
-NUM_SHARING = 40
+NUM_SHARING = 24
 
 
 def served(model: str, version: int, with_graphs: bool = False) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def served(model: str, version: int, with_graphs: bool = False) -> dict[str, Any
 
     prompts = [each["prompt_token_ids"] for each in tiny.prompts(8, PROMPT_LENS, seed=1)]
     prompts[4][:96] = prompts[0][:96]
-    asks = [Ask(prompt, max_tokens=6 + 8 * i) for i, prompt in enumerate(prompts)]
+    asks = [Ask(prompt, max_tokens=6 + 3 * i) for i, prompt in enumerate(prompts)]
     found: dict[str, Any] = {}
     for name, (spindle, options) in MODES.items():
         with ExitStack() as stack:
@@ -135,16 +135,18 @@ def last_chunks(model: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def versions(llama: str) -> dict[str, Any]:
+def versions(thin_llama: str) -> dict[str, Any]:
     """Both runners, each in a process of its own."""
     return {
-        "v1": in_child(served, model=llama, version=1),
-        "v2": in_child(served, env=ENVIRONMENT, imports_vllm_itself=True, model=llama, version=2),
+        "v1": in_child(served, model=thin_llama, version=1),
+        "v2": in_child(
+            served, env=ENVIRONMENT, imports_vllm_itself=True, model=thin_llama, version=2
+        ),
         "graphs": in_child(
             served,
             env=ENVIRONMENT,
             imports_vllm_itself=True,
-            model=llama,
+            model=thin_llama,
             version=2,
             with_graphs=True,
         ),
@@ -152,9 +154,9 @@ def versions(llama: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def ends(llama: str) -> dict[str, Any]:
+def ends(thin_llama: str) -> dict[str, Any]:
     """See ``last_chunks``."""
-    return in_child(last_chunks, env=ENVIRONMENT, imports_vllm_itself=True, model=llama)
+    return in_child(last_chunks, env=ENVIRONMENT, imports_vllm_itself=True, model=thin_llama)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -194,11 +196,13 @@ def sharing(model: str, version: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def shared(llama: str) -> dict[str, Any]:
+def shared(thin_llama: str) -> dict[str, Any]:
     """See ``sharing``."""
     return {
-        "off": in_child(sharing, model=llama, version=1),
-        "on": in_child(sharing, env=ENVIRONMENT, imports_vllm_itself=True, model=llama, version=2),
+        "off": in_child(sharing, model=thin_llama, version=1),
+        "on": in_child(
+            sharing, env=ENVIRONMENT, imports_vllm_itself=True, model=thin_llama, version=2
+        ),
     }
 
 
@@ -225,7 +229,7 @@ def test_same_tokens_in_full_graphs(versions: dict[str, Any], mode: str) -> None
     """Token for token, reduced or not; nearly every step of decoding is a replay."""
     graphs = versions["graphs"][mode]
     assert graphs["tokens"] == versions["v2"][mode]["tokens"]
-    assert graphs["replays"] > 40 and versions["v2"][mode]["replays"] == 0
+    assert graphs["replays"] > 15 and versions["v2"][mode]["replays"] == 0
 
 
 def test_a_last_chunk_of_one_token_in_a_full_graph(ends: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ MODES["heads"] = {"head_shares": HEAD_SHARES}
 MODES["heads-layer-bands"] = {"head_shares": HEAD_SHARES, "num_bands": 6, "gqa": "mean"}
 MODES["heads-prefix"] = {"head_shares": HEAD_SHARES, "protected_prefix_tokens": 200}
 # Off the block grid, on it, one over; and one too short to be reduced.
-PROMPT_LENS = [1500, 1024, 801, 300, 95]
+PROMPT_LENS = [900, 512, 385, 300, 95]
 LONGEST = PROMPT_LENS[0]
 # Tokens a step for the longest prompt alone: many chunks, few, one; two that cut its window of
 # 32 tokens, once in the middle and once before the very last token.

@@ -13,6 +13,8 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.triton_utils import dispatcher
 
+from engine_probe.garbage import freeze_imports
+
 BLOCK_SIZE = 32
 MAX_IDLE_STEPS = 2000
 DEFAULTS = {
@@ -144,6 +146,7 @@ def _hide_llvmlite_from_vllm() -> None:
 @contextmanager
 def engine(model: str, spindle: dict[str, Any] | None = None, **options: Any) -> Iterator[Engine]:
     """An engine for the time of the block."""
+    freeze_imports()
     running = Engine(model, spindle, **options)
     try:
         yield running

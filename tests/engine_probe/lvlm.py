@@ -11,6 +11,7 @@ from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
 import tiny_lvlm
+from engine_probe.garbage import freeze_imports
 
 DEFAULTS = {
     "dtype": "float32",
@@ -65,6 +66,7 @@ def lvlm_engine(
     """vLLM over the model of a folder; ended on leaving."""
     section = {} if covipal is None else {"additional_config": {"covipal": covipal}}
     limits = {"image": 3} | ({"video": 1} if family in VIDEO_FAMILIES else {})
+    freeze_imports()
     llm = LLM(folder, limit_mm_per_prompt=limits, **{**DEFAULTS, **section, **options})
     try:
         yield llm

@@ -26,7 +26,7 @@ NEEDLE = Path(__file__).parents[2] / "models" / "needle"
 @pytest.mark.parametrize(
     ("arguments", "code", "parts"),
     [
-        ([str(NEEDLE)], 0, ["are fine", "keep_ratio=0.25", "0-1 | 2-3 | 4-5"]),
+        ([str(NEEDLE)], 0, ["are fine", "keep_ratio=0.25 budget=measured", "4-4 | 5-5"]),
         (
             [str(NEEDLE), "--kv-cache-dtype", "fp8", "--pipeline-parallel-size", "2"],
             1,

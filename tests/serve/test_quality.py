@@ -11,8 +11,8 @@ from vllm_spindle.evaluation import needle
 from vllm_spindle.serving.load import ask_all
 from vllm_spindle.serving.server import VllmServer
 
-NUM_QUESTIONS = 64
-PROMPT_LEN = 1024
+NUM_QUESTIONS = 32
+PROMPT_LEN = 512
 RATIOS = (0.5, 0.25, 0.15)
 QUESTIONS = needle.make_questions(NUM_QUESTIONS, PROMPT_LEN, seed=3_000_017)
 
@@ -57,7 +57,7 @@ def test_needles_are_found_after_eviction(
     assert num_exact(server, keep_ratio) >= 0.98 * full_exact
 
 
-@pytest.mark.parametrize(("keep_ratio", "most"), [(0.5, 0.75), (0.25, 0.4), (0.15, 0.25)])
+@pytest.mark.parametrize(("keep_ratio", "most"), [(0.5, 0.85), (0.25, 0.5), (0.15, 0.25)])
 def test_random_eviction_loses_them(
     random_server: VllmServer, keep_ratio: float, most: float
 ) -> None:

@@ -11,7 +11,7 @@ from vllm_spindle.config import with_profile
 from vllm_spindle.core.budget import BandPlan
 from vllm_spindle.core.codebook_bytes import paper_ratio
 from vllm_spindle.engine.codebook_shape import codebook_shape
-from vllm_spindle.kernels.region_shape import ARRAY_ELEMENTS, ELEMENT_BYTES
+from vllm_spindle.kernels.region_shape import CODE_ELEMENTS, ELEMENT_BYTES
 from vllm_spindle.policy import SpindlePolicy
 
 
@@ -24,7 +24,8 @@ class CodebookRow:
         merged_tokens: context tokens with a code, in each layer.
         key_entries, value_entries: capacity, per kv head; similarity decides how it is filled.
         entry_bytes: of both tables.
-        code_bytes: indexes, norms and positions.
+        index_bytes, norm_bytes, position_bytes: of each token: two indexes, two norms, where it
+            stood.
         padding_bytes: what is left of the region's blocks.
         true_ratio: the region's bytes over the context's, padding included.
         paper_ratio: the same by the paper's eq. 15, which charges an index and a norm for each
@@ -36,7 +37,9 @@ class CodebookRow:
     key_entries: int
     value_entries: int
     entry_bytes: int
-    code_bytes: int
+    index_bytes: int
+    norm_bytes: int
+    position_bytes: int
     padding_bytes: int
     true_ratio: float
     paper_ratio: float
@@ -83,7 +86,10 @@ def codebook_row(
     layer_bytes = policy.block_size * geometry.token_bytes
     entries = shape.num_key_entries + shape.num_value_entries
     entry_bytes = len(layers) * num_heads * entries * head_size * ELEMENT_BYTES
-    code_bytes = len(layers) * num_heads * shape.num_tokens * sum(ARRAY_ELEMENTS) * ELEMENT_BYTES
+    of_tokens = {
+        name: len(layers) * num_heads * shape.num_tokens * elements * ELEMENT_BYTES
+        for name, elements in CODE_ELEMENTS.items()
+    }
     paper = paper_ratio(
         num_tokens=plan.context_blocks * policy.block_size * num_heads,
         num_kept=shape.num_tokens * num_heads,
@@ -97,8 +103,10 @@ def codebook_row(
         key_entries=shape.num_key_entries,
         value_entries=shape.num_value_entries,
         entry_bytes=entry_bytes,
-        code_bytes=code_bytes,
-        padding_bytes=plan.reduced_blocks * layer_bytes * len(layers) - entry_bytes - code_bytes,
+        **of_tokens,
+        padding_bytes=(
+            plan.reduced_blocks * layer_bytes * len(layers) - entry_bytes - sum(of_tokens.values())
+        ),
         true_ratio=plan.reduced_blocks / plan.context_blocks,
         paper_ratio=float(paper),
     )

@@ -6,6 +6,13 @@ from rich.console import Console
 from rich.table import Table
 
 MOST_HEADS_SHOWN = 4
+PARTS = {
+    "entries": "entry_bytes",
+    "indexes": "index_bytes",
+    "norms": "norm_bytes",
+    "positions": "position_bytes",
+    "unused": "padding_bytes",
+}
 
 
 def print_plan(model: str, report: dict[str, Any]) -> None:
@@ -59,6 +66,7 @@ def print_plan(model: str, report: dict[str, Any]) -> None:
     console.print(table)
     if any(row["codebook"] for row in report["bands"]):
         console.print(_codebooks(report))
+        console.print(_codebook_bytes(report))
     console.print(
         f"asked for {report['asked_ratio']:g} of the prompt's {_kib(report['prompt_bytes'])} KiB, "
         f"holds {_kib(report['allocated_bytes'])} KiB, every padding included: "
@@ -72,34 +80,52 @@ def print_plan(model: str, report: dict[str, Any]) -> None:
 def _codebooks(report: dict[str, Any]) -> Table:
     table = Table(
         title="Codebooks",
-        caption="entries: capacity per kv head, keys + values; codes: index, norm and position of "
-        "each token; ratios are of the context, true with padding, the paper's by its eq. 15",
+        caption="entries: capacity per kv head, keys + values; ratios are of the context, true with"
+        " padding, the paper's by its eq. 15",
     )
-    for title in (
-        "layers",
-        "method",
-        "tokens\nmerged",
-        "entries\nK + V",
-        "KiB of entries\n+ codes + padding",
-        "true\nratio",
-        "paper's\nratio",
-    ):
+    for title in ("layers", "method", "tokens merged", "entries", "true ratio", "paper's ratio"):
         table.add_column(title, justify="right")
-    for row in report["bands"]:
-        if book := row["codebook"]:
-            table.add_row(
-                f"{row['first_layer']}-{row['last_layer']}",
-                book["method"],
-                str(book["merged_tokens"]),
-                f"{book['key_entries']} + {book['value_entries']}",
-                " + ".join(
-                    f"{book[part] / 1024:,.1f}"
-                    for part in ("entry_bytes", "code_bytes", "padding_bytes")
-                ),
-                f"{book['true_ratio']:.3f}",
-                f"{book['paper_ratio']:.3f}",
-            )
+    for layers, book in _books(report):
+        table.add_row(
+            layers,
+            book["method"],
+            str(book["merged_tokens"]),
+            f"{book['key_entries']} + {book['value_entries']}",
+            f"{book['true_ratio']:.3f}",
+            f"{book['paper_ratio']:.3f}",
+        )
+    table.add_section()
+    table.add_row(
+        "mean", "", "", "", *(f"{_mean_ratio(report, kind):.3f}" for kind in ("true", "paper"))
+    )
     return table
+
+
+def _codebook_bytes(report: dict[str, Any]) -> Table:
+    table = Table(title="Where their KiB go", caption="of all layers and kv heads of a band")
+    for title in ("layers", *PARTS):
+        table.add_column(title, justify="right")
+    for layers, book in _books(report):
+        table.add_row(layers, *(f"{book[field] / 1024:,.1f}" for field in PARTS.values()))
+    return table
+
+
+def _books(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    return [
+        (f"{row['first_layer']}-{row['last_layer']}", row["codebook"])
+        for row in report["bands"]
+        if row["codebook"]
+    ]
+
+
+def _mean_ratio(report: dict[str, Any], kind: str) -> float:
+    """Of the layers with codebooks."""
+    books = [
+        (row["last_layer"] - row["first_layer"] + 1, row["codebook"][f"{kind}_ratio"])
+        for row in report["bands"]
+        if row["codebook"]
+    ]
+    return sum(count * ratio for count, ratio in books) / sum(count for count, _ in books)
 
 
 def _tokens(row: dict[str, Any]) -> str:

@@ -26,6 +26,12 @@ MAX_ENTRIES = 0x7C00  # of one kv head; codes from there on would be no numbers 
 # Elements per token of each array, in the order they are stored.
 KEY_CODES, VALUE_CODES, KEY_NORMS, VALUE_NORMS, POSITIONS = range(5)
 ARRAY_ELEMENTS = (1, 1, 1, 1, 2)
+CODE_ELEMENTS = {
+    "index_bytes": ARRAY_ELEMENTS[KEY_CODES] + ARRAY_ELEMENTS[VALUE_CODES],
+    "norm_bytes": ARRAY_ELEMENTS[KEY_NORMS] + ARRAY_ELEMENTS[VALUE_NORMS],
+    "position_bytes": ARRAY_ELEMENTS[POSITIONS],
+}
+"""What these are, per token: elements."""
 
 
 def array_rows(num_tokens: int, head_size: int) -> tuple[int, ...]:

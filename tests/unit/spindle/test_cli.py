@@ -204,7 +204,9 @@ def test_plan_of_codebooks_by_hand(run: Run, model: Callable[..., str]) -> None:
     assert first["key_entries"] == (896 - 186) // 4
     assert first["key_entries"] + first["value_entries"] == 710
     assert first["entry_bytes"] == 2 * 2 * 710 * 32 * 2  # layers, heads
-    assert first["code_bytes"] == 2 * 2 * 992 * 12
+    # Two 16-bit indexes, two norms and a position of two elements for each of 992 tokens.
+    for part in ("index_bytes", "norm_bytes", "position_bytes"):
+        assert first[part] == 2 * 2 * 992 * 4
     assert first["padding_bytes"] == 0
     assert first["true_ratio"] == 14 / 31
     assert first["paper_ratio"] == pytest.approx(710 / (2 * 992) * (1 + 2 / 32))
@@ -212,7 +214,8 @@ def test_plan_of_codebooks_by_hand(run: Run, model: Callable[..., str]) -> None:
     assert third is None
     for band, book in zip(bands[:2], (first, second), strict=True):
         region = (band["held_blocks"] - 1) * 32 * 2 * LAYER_TOKEN_BYTES
-        assert book["entry_bytes"] + book["code_bytes"] + book["padding_bytes"] == region
+        parts = ("entry", "index", "norm", "position", "padding")
+        assert sum(book[f"{part}_bytes"] for part in parts) == region
         assert book["true_ratio"] > book["paper_ratio"]
     text = run(*argv)[1]
     assert all(part in text for part in ("Codebooks", "merged", "both", "177 + 533", "paper's"))

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from vllm_spindle.bench.capacity import CapacityOptions, run_capacity
-from vllm_spindle.config import load_config
+from vllm_spindle.config import load_config, with_profile
 
 MIB = 1 << 20
 
@@ -90,7 +90,7 @@ def _capacity_options(args: argparse.Namespace) -> CapacityOptions:
         "dtype": args.dtype,
         "load_format": args.load_format,
         "enforce_eager": not args.compile,
-        # Off on both sides: spindle needs it off, and the prompts share nothing anyway.
+        # Off on both sides: the prompts share nothing.
         "enable_prefix_caching": False,
         "seed": args.seed,
     }
@@ -98,7 +98,7 @@ def _capacity_options(args: argparse.Namespace) -> CapacityOptions:
         engine["max_model_len"] = args.max_model_len
     return CapacityOptions(
         engine=engine,
-        spindle=spindle.model_dump(exclude_defaults=True),
+        spindle=with_profile(spindle, args.model).model_dump(mode="json", exclude_none=True),
         num_requests=args.num_requests,
         prompt_len=args.prompt_len,
         output_len=args.output_len,

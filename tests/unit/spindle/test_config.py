@@ -5,9 +5,13 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from vllm_spindle.config import SpindleConfig, load_config, parse_keep_ratio
+from vllm_spindle.commands.geometry import read_geometry
+from vllm_spindle.commands.plan import make_report
+from vllm_spindle.config import SpindleConfig, load_config, parse_keep_ratio, with_profile
+from vllm_spindle.policy import SpindlePolicy
 
-SHIPPED = sorted((Path(__file__).parents[3] / "configs" / "spindle").glob("*.yaml"))
+ROOT = Path(__file__).parents[3]
+SHIPPED = sorted((ROOT / "configs" / "spindle").glob("*.yaml"))
 
 
 def test_default_is_off() -> None:
@@ -182,3 +186,17 @@ def test_a_requests_bad_keep_ratio_is_refused(value: object) -> None:
     with pytest.raises(ValueError, match=r"spindle_keep_ratio must be .*\(0, 1\], got") as refusal:
         parse_keep_ratio(value)
     assert str(value) in str(refusal.value)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("model", ["needle", "recall"])
+def test_a_preset_holds_no_more_than_its_name_says(path: Path, model: str) -> None:
+    """True bytes over the true GQA cache's: padding, entries, indexes, norms, positions counted."""
+    folder = str(ROOT / "models" / model)
+    config, shape = with_profile(load_config(path), folder), read_geometry(folder)
+    assert config.keep_ratio == int(path.stem.rpartition("_")[2]) / 100
+    policy = SpindlePolicy(config, shape.num_layers, 32, shape.num_queries_per_kv)
+    for prompt_len in (384, 1000, 1500):
+        report = make_report(policy, shape, prompt_len)
+        assert report["is_reduced"]
+        assert report["true_ratio"] <= config.keep_ratio

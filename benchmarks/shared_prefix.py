@@ -1,8 +1,8 @@
 """Prefix caching under spindle: hits, time to first token and capacity on a shared system prompt.
 
-    OMP_NUM_THREADS=1 python benchmarks/shared_prefix.py --out FILE
+    OMP_NUM_THREADS=1 python benchmarks/shared_prefix.py --out FILE [--traffic chats] [--sides ...]
 
-Four sides in one process, one after the other, same KV memory: stock and spindle (keep 0.25), each
+All sides in one process, one after the other, same KV memory: stock and spindle (keep 0.25), each
 with prefix caching and without. All requests arrive at once. Times are of one run; counts repeat.
 """
 
@@ -120,10 +120,13 @@ def serve(engine: Any, conversations: list[list[list[int]]], params: Any) -> dic
     }
 
 
-def compare(conversations: list[list[list[int]]], prefix: int) -> dict[str, Any]:
-    """Every side of one kind of traffic."""
+def compare(
+    conversations: list[list[list[int]]], prefix: int, only: list[str] | None
+) -> dict[str, Any]:
+    """Every side of one kind of traffic, or some."""
     keep = {"keep_ratio": 0.25}
     named = {**keep, "protected_prefix_tokens": prefix}
+    alike = {**named, "budget": "uniform"}
     auto = {**keep, "protected_prefix_tokens": "auto"}
     sides = {
         "stock, cache": (None, True),
@@ -132,15 +135,23 @@ def compare(conversations: list[list[list[int]]], prefix: int) -> dict[str, Any]
         "keep 0.25, no cache": (keep, False),
         "keep 0.25, prefix named, cache": (named, True),
         "keep 0.25, prefix named, no cache": (named, False),
+        "keep 0.25, uniform, prefix named, cache": (alike, True),
+        "keep 0.25, uniform, prefix named, no cache": (alike, False),
         "keep 0.25, prefix found, cache": (auto, True),
     }
-    return {name: run(conversations, *side) for name, side in sides.items()}
+    return {
+        name: run(conversations, *side)
+        for name, side in sides.items()
+        if only is None or name in only
+    }
 
 
 def main() -> None:
     """Every side, and the report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", required=True)
+    parser.add_argument("--traffic", nargs="+", default=["shared prefix", "chats"])
+    parser.add_argument("--sides", nargs="+", help="by their names in the report; default: all")
     args = parser.parse_args()
     import torch
 
@@ -148,9 +159,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     traffic = {"shared prefix": (shared(), SHARED), "chats": (chats(), SYSTEM)}
-    sides = {
-        name: compare(conversations, prefix) for name, (conversations, prefix) in traffic.items()
-    }
+    sides = {name: compare(*traffic[name], args.sides) for name in args.traffic}
     settings = {"model": MODEL, "requests": NUM_REQUESTS, "shared": SHARED, "own": OWN,
                 "chats": NUM_CHATS, "turns": TURNS, "system": SYSTEM, "turn": TURN,
                 "output": OUTPUT, "kv_cache_mib": 16, "block_size": 32}  # fmt: skip

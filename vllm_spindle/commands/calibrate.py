@@ -88,7 +88,8 @@ def run(args: argparse.Namespace) -> int:
 
     profiled = with_profile(base, args.model)
     # A codebook's kv heads are alike, so all methods are compared with heads alike.
-    alike = base.model_copy(update={"budget": "uniform" if base.budget == "auto" else base.budget})
+    budget = "uniform" if base.budget == "auto" else base.budget
+    alike = base.model_copy(update={"budget": budget, "head_shares": None})
     key_shares = KEY_SHARES if args.key_share is None else (base.key_share,)
     band_numbers = _band_numbers(args.num_bands, geometry)
     policies = [make_policy(config) for config in _candidates(alike, band_numbers, key_shares)]
@@ -102,7 +103,8 @@ def run(args: argparse.Namespace) -> int:
         args.new_tokens,
         profiled=make_policy(profiled) if profiled.budget == "measured" else None,
     )
-    config = config.model_copy(update=protected)
+    given = {"head_shares": base.head_shares} if config.budget == "auto" else {}
+    config = config.model_copy(update=protected | given)
     report = {
         "model": args.model,
         "source": source,

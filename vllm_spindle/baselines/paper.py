@@ -47,7 +47,7 @@ def cover_copies(
         ValueError: if the model does not turn its keys by a plain rotation.
     """
     # Here: it compiles kernels, which the other methods do without.
-    from vllm_spindle.kernels.numba_cover import WINDOW, CompiledBook
+    from vllm_spindle.kernels.cover import WINDOW, CompiledBook
 
     if layer.cos_sin is None:
         raise ValueError("the paper's method: the keys are not turned by a plain rotation")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vllm_spindle.bench.kernel import KernelOptions
 from vllm_spindle.core.admission import Admitted, admit
-from vllm_spindle.kernels.numba_cover import CompiledBook, admit_layer
+from vllm_spindle.kernels.cover import CompiledBook, admit_layer
 
 THRESHOLDS = (0.98, 0.95)
 SPREADS = (0.12, 0.2)  # of a cluster of keys, of values: as far apart as the thresholds allow

@@ -23,7 +23,7 @@ from vllm_spindle.core.codebook import Codebook, ScopeName, cover_heads
 from vllm_spindle.core.eviction import gather_kept
 from vllm_spindle.core.rotary import rotate_keys, unrotate_keys
 from vllm_spindle.engine.codebook_shape import codebook_shape
-from vllm_spindle.kernels.numba_cover import WINDOW, CompiledBook, admit_layer
+from vllm_spindle.kernels.cover import WINDOW, CompiledBook, admit_layer
 from vllm_spindle.policy import SpindlePolicy
 
 

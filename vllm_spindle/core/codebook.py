@@ -46,7 +46,7 @@ def reconstruct(codebook: Codebook) -> Tensor:
 class Book:
     """A codebook that grows: vectors come in parts, and each part is matched, then covered.
 
-    The compiled twin, ``kernels/numba_cover.py``, replaces the two steps.
+    The compiled twin is ``kernels/cover.py``.
 
     Attributes:
         directions: the vectors, of length 1 or 0. [N, D], float32.
@@ -113,9 +113,13 @@ class Book:
     def codebook(self, coded: Tensor) -> Codebook:
         """What there is, for the vectors at these indices, which must have a code."""
         entries, codes, norms = self.entries.clone(), self.codes[coded], self.norms[coded]
-        similarity = (self.directions[coded] * entries[codes]).sum(dim=-1).clamp_(max=1)
+        similarity = self._similarity(coded)
         similarity[norms == 0] = 1
         return Codebook(entries, codes, norms, similarity)
+
+    def _similarity(self, coded: Tensor) -> Tensor:
+        products = self.directions[coded] * self.entries[self.codes[coded]]
+        return torch.clamp(products.sum(dim=-1), max=1)
 
     def _nearest(self, part: Tensor) -> Tensor:
         return nearest_entry(self.directions[part], self.entries, self._threshold)

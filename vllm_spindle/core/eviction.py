@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vllm_spindle.core.ordering import best_first
+
 GqaName = Literal["union", "mean", "unfold"]
 
 
@@ -73,8 +75,7 @@ def rank_union(scores: Tensor, num_kept: int) -> Tensor:
 
 
 def _top(scores: Tensor, num_kept: int) -> Tensor:
-    # Stable: of equals, which pooling and means make many, the earlier token, whatever is kept.
-    return scores.argsort(dim=-1, descending=True, stable=True)[..., :num_kept]
+    return best_first(scores)[..., :num_kept]
 
 
 def gather_kept(tokens: Tensor, kept: Tensor) -> Tensor:

@@ -7,11 +7,14 @@ Method: SpindleKV sec. 3.2, eq. 2 (arXiv:2507.06517), literally as ``paper``; th
 without it the later tokens of a multi-token answer, which nothing attends to yet, are lost.
 """
 
+import math
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from vllm_spindle.core.ordering import best_first
 
 ScoreName = Literal["received", "pooled", "paper", "random"]
 
@@ -122,7 +125,11 @@ def received_attention(
     transposed = keys.float().transpose(1, 2).contiguous()
     places = torch.arange(num_tokens, device=keys.device)
     received = torch.zeros(num_kv_heads, group, num_tokens, device=keys.device)
-    at_once = max(1, MOST_AT_ONCE[keys.device.type] // (num_kv_heads * group * num_tokens))
+    at_once = MOST_AT_ONCE[keys.device.type] // (num_kv_heads * group * num_tokens)
+    at_once = max(1, min(at_once, num_queries))
+    # Two matrices for all parts: memory from the system afresh would cost a third of the time.
+    size = num_kv_heads * group * at_once * num_tokens
+    buffers = torch.empty(2, size, device=keys.device)
     for start in range(0, num_queries, at_once):
         part = queries[:, :, start : start + at_once]
         rows = positions[start : start + at_once]
@@ -132,9 +139,11 @@ def received_attention(
         near = max(0, min(stop, int(rows[0]) + 1 - min_distance))
         distance = rows.to(keys.device, non_blocking=True)[:, None] - places[near:stop]
         flat = (part.float() * scale).reshape(num_kv_heads, -1, head_size)
-        logits = torch.bmm(flat, transposed[..., :stop]).view(*part.shape[:3], stop)
+        shape = (*part.shape[:3], stop)
+        logits, attention = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)
+        torch.bmm(flat, transposed[..., :stop], out=logits.view(num_kv_heads, -1, stop))
         logits[..., near:] += torch.where(distance < 0, float("-inf"), 0.0)
-        attention = torch.softmax(logits, dim=-1)
+        torch.softmax(logits, dim=-1, out=attention)
         if min_distance > 0:
             attention[..., near:] *= distance >= min_distance
         if weights is not None:
@@ -153,7 +162,6 @@ def in_turns(first: Tensor, second: Tensor) -> Tensor:
     places = torch.arange(num_context, dtype=torch.float32, device=first.device)
 
     def ranks(scores: Tensor) -> Tensor:
-        ranked = scores.argsort(dim=-1, descending=True, stable=True)
-        return torch.empty_like(scores).scatter(-1, ranked, places.expand_as(scores))
+        return torch.empty_like(scores).scatter(-1, best_first(scores), places.expand_as(scores))
 
     return -torch.minimum(2 * ranks(first), 2 * ranks(second) + 1)

@@ -205,7 +205,7 @@ class CodebookRegion:
         context = context_tokens(plan, self.policy.block_size)
         assert layer.cos_sin is not None
         # Not before vLLM has started: its kernel registration trips over numba's modules.
-        from vllm_spindle.kernels.numba_cover import admit_layer
+        from vllm_spindle.kernels.cover import admit_layer
 
         places = torch.arange(context.stop, device=prompt.keys.device)
         keys = unrotate_keys(prompt.keys[:, : context.stop], places, layer.cos_sin)

@@ -1,111 +1,50 @@
-"""Codebooks, fast: products by torch, the greedy choice compiled.
+"""The cover, compiled: a part is matched with the entries, and what is left covered greedily.
 
-Shapes: K kv heads, C context tokens, M vectors of a part, E entries so far, D head size. Slow twin:
-``core.codebook.Book``, whose results these are, but for vectors so close to the threshold that the
-order of a float32 sum decides.
-
-Products are bfloat16 where the machine has instructions for it. They only sift: in bfloat16 a
-cosine of 0.979 rounds to 0.980 and would count as above 0.98, so whatever lies within the rounding
-of a decision is multiplied again in float32.
+Shapes: N vectors, M of them in a part, m of those open, E entries so far, D head size. Products are
+rough cosines as integers, and what they cannot decide is multiplied again; see ``cover.py``.
 """
 
-from functools import lru_cache, partial
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from numba import njit
-from torch import Tensor
-from torch.nn import functional
 
-from vllm_spindle.core.admission import Admitted, admit
-from vllm_spindle.core.codebook import UNCOVERED, Book
+from vllm_spindle.core.cover import UNCOVERED
 
-ROUND = 128
-WINDOW = 1024  # vectors of a full cover's part: their graph, a byte a pair, stays in the cache
-# Rounding of both factors (2 ** -9 each) and of the product (2 ** -9), and the sum's own.
-BF16_MARGIN = 0.0065
 BLOCK = 64  # products passed over at once
 
 # The reductions below are over finite numbers, so their order and NaN do not matter.
 _compiled = partial(njit, cache=True, nogil=True, fastmath={"nnan", "nsz", "reassoc"})
 
 
-class CompiledBook(Book):
-    """``core.codebook.Book``, fast."""
+class Sources(NamedTuple):
+    """The vectors: unit length in float32, and rough, as integers. [N, D] each."""
 
-    def __init__(self, vectors: Tensor, threshold: float, capacity: int | None = None) -> None:
-        super().__init__(vectors, threshold, capacity)
-        dtype = _product_dtype()
-        self._rough = self.directions.to(dtype)
-        self._rough_table = torch.zeros(_round_up(len(self._table)), vectors.shape[1], dtype=dtype)
-        self._margin = np.float32(BF16_MARGIN if dtype == torch.bfloat16 else 0)
-
-    def _nearest(self, part: Tensor) -> Tensor:
-        entries = self._rough_table[: _round_up(self.num_entries)]
-        return torch.from_numpy(
-            nearest_entries(
-                _products(self._rough_rows(part), entries, len(part), self.num_entries),
-                self.directions[part].numpy(),
-                self._table.numpy(),
-                np.float32(self._threshold),
-                self._margin,
-            )
-        )
-
-    def _cover(self, part: Tensor, room: int) -> tuple[Tensor, Tensor]:
-        rough = self._rough_rows(part)
-        codes, members = greedy_members(
-            _products(rough, rough, len(part), len(part)),
-            self.directions[part].numpy(),
-            np.float32(self._threshold),
-            self._margin,
-            room,
-        )
-        return torch.from_numpy(codes), torch.from_numpy(members)
-
-    def _append(self, members: Tensor) -> None:
-        first = self.num_entries
-        super()._append(members)
-        self._rough_table[first : self.num_entries] = self._rough[members]
-
-    def _rough_rows(self, part: Tensor) -> Tensor:
-        """The vectors at these indices, and some more to fill up."""
-        return self._rough[functional.pad(part, (0, _round_up(len(part)) - len(part)))]
+    directions: np.ndarray
+    rough: np.ndarray
 
 
-def admit_layer(
-    keys: Tensor,
-    values: Tensor,
-    ranked: Tensor,
-    thresholds: tuple[float, float],
-    capacity: tuple[int, int, int],
-) -> list[Admitted]:
-    """One layer's context merged into what its region has room for, per kv head.
+class Tables(NamedTuple):
+    """What grows: each vector's entry, [N], int64; the entries, and roughly. [at least E, D]."""
 
-    Args:
-        keys: without rotation. [K, C, D].
-        values: [K, C, D].
-        ranked: tokens, the most important first. [K, C].
-        thresholds: for keys and for values.
-        capacity: of each head; see ``admit``.
+    codes: np.ndarray
+    entries: np.ndarray
+    rough: np.ndarray
+
+
+class Limits(NamedTuple):
+    """A threshold, how far a rough cosine may be off, and both as the integers of rough cosines.
+
+    At or below ``low`` a cosine cannot be above the threshold, above ``high`` it must be. ``shift``
+    makes a float32's integer a rough one.
     """
-    heads = zip(keys, values, ranked, strict=True)
-    return [admit(*head, thresholds, capacity, CompiledBook) for head in heads]
 
-
-def _round_up(count: int) -> int:
-    """To few different shapes: oneDNN compiles a product's code for each, a millisecond a time."""
-    return -(-count // ROUND) * ROUND
-
-
-def _products(left: Tensor, right: Tensor, num_left: int, num_right: int) -> np.ndarray:
-    """Products of the first rows of both. [num_left, num_right], float32."""
-    return (left @ right.T)[:num_left, :num_right].float().contiguous().numpy()
-
-
-@lru_cache(maxsize=1)
-def _product_dtype() -> torch.dtype:
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+    threshold: np.float32
+    margin: np.float32
+    low: int
+    high: int
+    shift: int
 
 
 @_compiled()
@@ -117,78 +56,166 @@ def _cosine(left, right):
 
 
 @_compiled()
-def nearest_entries(products, directions, entries, least, margin):
-    """First of the nearest entries with a cosine above ``least``, or UNCOVERED.
+def similarity(directions, entries, coded, codes):
+    """Cosine of each coded vector to its entry. directions: [N, D]; entries: [E, D]. [coded]."""
+    cosines = np.empty(len(coded), np.float32)
+    for i in range(len(coded)):
+        cosines[i] = _cosine(directions[coded[i]], entries[codes[coded[i]]])
+    return cosines
+
+
+@_compiled()
+def add_part(products, part, sources, tables, num_entries, limits):
+    """Code a part: the nearest entry above the threshold; the others are covered greedily.
 
     Args:
-        products: rough cosines. [M, E].
-        directions: [M, D].
-        entries: [at least E, D].
-        least: see above.
-        margin: how far a rough cosine may be off; 0 for not at all.
+        products: rough cosines with the entries and the part itself, as integers.
+            [at least M, at least E + M; without room E].
+        part: indices of vectors. [M], int64.
+        sources: ``Sources``.
+        tables: ``Tables``, written to.
+        num_entries: E.
+        limits: ``Limits``.
+
+    Returns:
+        How many entries there are now.
     """
-    num_rows, width = products.shape
-    nearest = np.full(num_rows, UNCOVERED, np.int64)
+    open_rows = np.empty(len(part), np.int64)  # of the part
+    num_open = 0
+    for i in range(len(part)):
+        if tables.codes[part[i]] == UNCOVERED:
+            direction = sources.directions[part[i]]
+            row = products[i, :num_entries]
+            tables.codes[part[i]] = nearest_entry(row, direction, tables.entries, limits)
+            if tables.codes[part[i]] == UNCOVERED:
+                open_rows[num_open] = i
+                num_open += 1
+    room = len(tables.entries) - num_entries
+    if room == 0 or num_open == 0:
+        return num_entries
+    open_rows = open_rows[:num_open]
+    graph = similarity_graph(
+        products[:, num_entries:], open_rows, sources.directions, part[open_rows], limits
+    )
+    codes, members = greedy_members(graph, room)
+    for i in range(num_open):
+        if codes[i] != UNCOVERED:
+            tables.codes[part[open_rows[i]]] = num_entries + codes[i]
+    for i in range(len(members)):
+        vector = part[open_rows[members[i]]]
+        tables.entries[num_entries + i] = sources.directions[vector]
+        tables.rough[num_entries + i] = sources.rough[vector]
+    return num_entries + len(members)
+
+
+@_compiled()
+def nearest_entry(row, direction, entries, limits):
+    """First of the nearest entries with a cosine above the threshold, or UNCOVERED.
+
+    Args:
+        row: rough cosines, as integers. [E].
+        direction: [D].
+        entries: [at least E, D].
+        limits: ``Limits``.
+    """
+    width = len(row)
     num_blocks = (width + BLOCK - 1) // BLOCK
-    tops = np.empty(num_blocks, np.float32)  # largest of each block of a row
-    for i in range(num_rows):
-        row = products[i]
-        peak = row[0]
-        for block in range(num_blocks):
-            top = row[block * BLOCK]
-            for j in range(block * BLOCK, min(block * BLOCK + BLOCK, width)):
-                top = max(top, row[j])
-            tops[block] = top
-            peak = max(peak, top)
-        if min(peak, np.float32(1)) + margin <= least:
+    tops = np.empty(num_blocks, row.dtype)  # largest of each block
+    peak = limits.low
+    for block in range(num_blocks):
+        start, stop = block * BLOCK, min(block * BLOCK + BLOCK, width)
+        top = row[start]
+        for j in range(start, stop):
+            top = max(top, row[j])
+        tops[block] = top
+        peak = max(peak, np.int64(top))
+    if peak <= limits.low:
+        return UNCOVERED
+    least = _from_float(_to_float(peak, limits.shift) - 2 * limits.margin, limits.shift)
+    best, nearest = limits.threshold, UNCOVERED
+    for block in range(num_blocks):
+        if tops[block] < least:
             continue
-        best = least
-        for block in range(num_blocks):
-            if tops[block] < peak - 2 * margin:
+        for j in range(block * BLOCK, min(block * BLOCK + BLOCK, width)):
+            if row[j] < least:
                 continue
-            for j in range(block * BLOCK, min(block * BLOCK + BLOCK, width)):
-                if row[j] < peak - 2 * margin:
-                    continue
-                cosine = min(row[j], np.float32(1))
-                if margin > 0:
-                    cosine = _cosine(directions[i], entries[j])
-                if cosine > best:
-                    best = cosine
-                    nearest[i] = j
+            if limits.margin > 0:
+                cosine = _cosine(direction, entries[j])
+            else:
+                cosine = min(_to_float(row[j], limits.shift), np.float32(1))
+            if cosine > best:
+                best, nearest = cosine, j
     return nearest
 
 
 @_compiled()
-def greedy_members(products, directions, threshold, margin, capacity):
-    """Greedy cover of one window (Algorithm 1): take whoever has most open neighbours, repeat.
+def _to_float(integer, shift):
+    scratch = np.empty(1, np.int32)
+    scratch[0] = integer << shift
+    return scratch.view(np.float32)[0]
+
+
+@_compiled()
+def _from_float(value, shift):
+    """The next integer below a float that lies between two."""
+    scratch = np.empty(1, np.float32)
+    scratch[0] = value
+    return scratch.view(np.int32)[0] >> shift
+
+
+@_compiled()
+def similarity_graph(products, rows, directions, vectors, limits):
+    """Who is above the threshold to whom (eq. 9); everyone to itself.
 
     Args:
-        products: rough cosines of the window's open vectors. [M, M].
-        directions: the vectors. [M, D].
-        threshold: neighbours are above it; everyone is its own.
-        margin: how far a rough cosine may be off; 0 for not at all.
+        products: rough cosines of a part's vectors, as integers. [at least M, at least M].
+        rows: those of them that are asked for, ascending. [m].
+        directions: of all vectors. [N, D].
+        vectors: which of those they are. [m].
+        limits: ``Limits``.
+
+    Returns:
+        [m, m], uint8.
+    """
+    count = len(rows)
+    graph = np.empty((count, count), np.uint8)
+    row = np.empty(count, products.dtype)
+    for i in range(count):
+        near = graph[i]
+        num_doubtful = 0
+        for j in range(count):
+            row[j] = products[rows[i], rows[j]]
+        for j in range(count):
+            near[j] = row[j] > limits.high
+            num_doubtful += row[j] > limits.low
+        for j in range(count):
+            num_doubtful -= near[j]
+        if num_doubtful:
+            for j in range(count):
+                if limits.low < row[j] <= limits.high:
+                    cosine = _cosine(directions[vectors[i]], directions[vectors[j]])
+                    near[j] = cosine > limits.threshold
+        near[i] = 1
+    return graph
+
+
+@_compiled()
+def greedy_members(graph, capacity):
+    """Greedy cover (Algorithm 1): take whoever has most open neighbours, repeat.
+
+    Args:
+        graph: who is whose neighbour. [m, m], uint8.
         capacity: most members.
 
     Returns:
-        Each vector's entry, UNCOVERED where there was no room, [M]; the members, [E]; int64.
+        Each vector's entry, UNCOVERED where there was no room, [m]; the members, [E]; int64.
     """
-    count = len(products)
-    graph = np.empty((count, count), np.uint8)
+    count = len(graph)
     degrees = np.empty(count, np.int32)  # open neighbours, itself included; -1 once covered
     for i in range(count):
-        row, near = products[i], graph[i]
-        num_doubtful = 0
-        for j in range(count):
-            near[j] = min(row[j], np.float32(1)) > threshold
-            num_doubtful += abs(row[j] - threshold) < margin
-        if num_doubtful:
-            for j in range(count):
-                if abs(row[j] - threshold) < margin:
-                    near[j] = _cosine(directions[i], directions[j]) > threshold
-        near[i] = 1
         degree = 0
         for j in range(count):
-            degree += near[j]
+            degree += graph[i, j]
         degrees[i] = degree
     codes = np.full(count, UNCOVERED, np.int64)
     members = np.empty(min(count, capacity), np.int64)

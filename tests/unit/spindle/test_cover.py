@@ -6,7 +6,7 @@ import torch
 
 from vllm_spindle.core import codebook as slow
 from vllm_spindle.core.admission import admit
-from vllm_spindle.kernels import numba_cover as fast
+from vllm_spindle.kernels import cover as fast
 
 
 @pytest.fixture(params=[torch.bfloat16, torch.float32], ids=["bf16", "f32"], autouse=True)

@@ -42,6 +42,9 @@ class PruningModuleConfig:
         num_heads: heads of each block (H).
         ffn_ratio: width of a block's MLP over m.
         text_first: the first block's keys are the text rows alone.
+        spread_share: of the tokens to keep, how many are spread evenly over what is not scored
+            highest: a model may take the rest of the picture as a yardstick, for counting above
+            all, and where little is found what scores next resembles it. [0, 1).
         fingerprint: of the LVLM it was trained for, from ``fingerprint.fingerprint``; empty for
             an untrained module.
         trained_for: that LVLM's name, for people.
@@ -53,6 +56,7 @@ class PruningModuleConfig:
     num_heads: int = 4
     ffn_ratio: float = 2.0
     text_first: bool = True
+    spread_share: float = 0.0
     fingerprint: str = ""
     trained_for: str = ""
 
@@ -69,6 +73,8 @@ class PruningModuleConfig:
             raise ValueError(f"width {self.width} is no multiple of num_heads {self.num_heads}")
         if self.ffn_ratio <= 0:
             raise ValueError(f"ffn_ratio must be positive, got {self.ffn_ratio}")
+        if not 0 <= self.spread_share < 1:
+            raise ValueError(f"spread_share must be in [0, 1), got {self.spread_share}")
 
     @classmethod
     def for_hidden_size(cls, hidden_size: int, **changes: Any) -> "PruningModuleConfig":

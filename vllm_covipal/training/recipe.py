@@ -44,6 +44,11 @@ class ModuleRecipe(Section):
     num_heads: Count | None = Field(None, description="heads of each block")
     ffn_ratio: Positive = Field(2.0, description="width of a block's MLP over its own")
     text_first: bool = Field(True, description="the first block's keys are the text alone")
+    spread_share: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0,
+        description="of the tokens kept when it is used, how many are spread evenly over the rest; "
+        "no training depends on it",
+    )
 
     def sizes(self) -> dict[str, Any]:
         """The fields that are set, for ``PruningModuleConfig.for_hidden_size``."""

@@ -104,6 +104,7 @@ def test_the_default_width_follows_the_model(hidden_size: int, width: int) -> No
         ({"width": 100, "num_heads": 3}, "width 100 is no multiple of num_heads 3"),
         ({"num_blocks": 0}, "num_blocks must be at least 1, got 0"),
         ({"ffn_ratio": 0}, "ffn_ratio must be positive"),
+        ({"spread_share": 1.0}, r"spread_share must be in \[0, 1\), got 1.0"),
     ],
 )
 def test_impossible_sizes_are_refused(changes: dict[str, int], message: str) -> None:

@@ -118,6 +118,22 @@ def test_ppm_keeps_the_top_scored() -> None:
     assert selector.select([item])[0].tolist() == sorted(best)
 
 
+@pytest.mark.parametrize(("share", "num_spread"), [(0.0, 0), (0.1, 0), (0.3, 2), (0.99, 6)])
+def test_ppm_spreads_a_share_over_the_others(share: float, num_spread: int) -> None:
+    """Seven of twenty: the highest first; of the others, in the picture's order, every n-th."""
+    torch.manual_seed(0)
+    config = PruningModuleConfig(
+        hidden_size=16, width=16, num_blocks=1, num_heads=2, spread_share=share
+    )
+    module = PruningModule(config).eval()
+    item = VisualItem(torch.randn(20, 16), torch.randn(3, 16), None, (), 7)
+    scores = module.score_items([item.visual], [item.text])[0].tolist()
+    by_score = sorted(range(20), key=lambda place: -scores[place])
+    top, others = by_score[: 7 - num_spread], sorted(by_score[7 - num_spread :])
+    expected = sorted(top + [others[place] for place in spread(len(others), num_spread)])
+    assert build_selector("ppm", pruning_module=module).select([item])[0].tolist() == expected
+
+
 def test_random_is_a_prefix_of_one_permutation() -> None:
     """More budget adds to a choice; another seed makes another one; global state is untouched."""
     visual = _rows(100, 4)

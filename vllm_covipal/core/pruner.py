@@ -89,13 +89,15 @@ class PruningModuleConfig:
         """The configuration that ``to_json`` wrote.
 
         Raises:
-            ValueError: if it is not JSON, or its keys are not exactly ours.
+            ValueError: if it is not JSON, or its keys are not ours.
         """
         values = json.loads(text)
         if not isinstance(values, dict):
             raise ValueError(f"expected a JSON object, got {type(values).__name__}")
         known = {field.name for field in fields(cls)}
-        unknown, missing = sorted(set(values) - known), sorted(known - set(values))
+        # Modules made before there was a spread_share have none.
+        missing = sorted(known - set(values) - {"spread_share"})
+        unknown = sorted(set(values) - known)
         if unknown or missing:
             raise ValueError(f"unknown keys {unknown}, missing keys {missing}")
         return cls(**values)

@@ -128,6 +128,20 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert weights_digest(tmp_path / "one") != weights_digest(tmp_path / "two")
 
 
+def test_a_module_without_a_spread_share_has_none(tmp_path: Path) -> None:
+    """Folders written before there was one are read; any other key that lacks is refused."""
+    save_pruning_module(_module(spread_share=0.5), tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    assert values.pop("spread_share") == 0.5
+    path.write_text(json.dumps(values))
+    assert read_config(tmp_path).spread_share == 0
+    del values["fingerprint"]
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="missing keys \\['fingerprint'\\]"):
+        read_config(tmp_path)
+
+
 def test_loading_ignores_the_default_dtype_and_device(tmp_path: Path) -> None:
     """vLLM builds models under a dtype and a device of its own; the module stays float32."""
     save_pruning_module(_module(), tmp_path)

@@ -3,9 +3,9 @@
     python benchmarks/bounded_steps.py --json benchmarks/results/bounded_steps.json
 
 Eight requests decode; then prompts come in, one after the other, and each is reduced to codebooks.
-A row a share: the longest step of those that reduce, how much of it was reduction, and the longest
-that a decoding request waited for its next token. One engine a row, each in a process of its own,
-all in this run.
+A row a share: the longest step of those that reduce, for which every decoding request waits; the
+longest reduction of a step; the longest step without one. One engine a row, each in a process of
+its own, all in this run.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def main() -> int:
     args = parser.parse_args()
     counts = {"prompt_len": args.prompt_len, "prompts": args.prompts, "chunk": args.chunk}
     rows = []
-    print("| reduce_share | steps that reduce | longest of them, ms | of it reduction | without |")
+    print("| reduce_share | steps that reduce | longest, ms | longest reduction | without |")
     print("|---:|---:|---:|---:|---:|")
     for share in SHARES:
         spindle = {"keep_ratio": 0.25, "method": args.method, "reduce_share": share}

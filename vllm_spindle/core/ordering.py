@@ -23,7 +23,8 @@ def best_first(scores: Tensor) -> Tensor:
     """
     if scores.device.type != "cpu":
         return scores.argsort(dim=-1, descending=True, stable=True)
-    packed = (~_as_integers(scores) << 32) | torch.arange(scores.shape[-1])
+    places = torch.arange(scores.shape[-1], device=scores.device)
+    packed = (~_as_integers(scores) << 32) | places
     packed.numpy().sort(axis=-1)  # the same memory
     return packed & LOW_BITS
 

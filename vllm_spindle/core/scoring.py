@@ -127,7 +127,7 @@ def received_attention(
     received = torch.zeros(num_kv_heads, group, num_tokens, device=keys.device)
     at_once = MOST_AT_ONCE[keys.device.type] // (num_kv_heads * group * num_tokens)
     at_once = max(1, min(at_once, num_queries))
-    # Two matrices for all parts: memory from the system afresh would cost a third of the time.
+    # Two matrices for all parts: memory afresh from libc would be a third of the time.
     size = num_kv_heads * group * at_once * num_tokens
     buffers = torch.empty(2, size, device=keys.device)
     for start in range(0, num_queries, at_once):

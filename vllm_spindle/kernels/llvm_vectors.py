@@ -75,22 +75,29 @@ class Vectors:
         return self.builder.shuffle_vector(left, right, mask)
 
     def lane_sums(self, vectors: Sequence[Value]) -> list[Value]:
-        """Sum over the lanes of each vector, four vectors at a time: a transpose while adding."""
+        """Sum over the lanes of each vector, in vectors of four sums, zeros behind the last one.
+
+        A transpose while adding: quarters of four lanes stay by themselves until the end, as
+        moving lanes within them is what a processor does best.
+        """
         zero = ir.Constant(vectors[0].type, [0.0] * vectors[0].type.count)
-        scalars = []
+        found = []
         for start in range(0, len(vectors), 4):
             four = vectors[start : start + 4]
-            a, b, c, d = (self._fold(each) for each in [*four, *[zero] * (4 - len(four))])
-            left, right = self._add_pairs(a, b), self._add_pairs(c, d)
-            sums = self.add(
-                self.shuffle(left, right, (0, 1, 4, 5)), self.shuffle(left, right, (2, 3, 6, 7))
-            )
-            scalars += [self.builder.extract_element(sums, INT32(i)) for i in range(len(four))]
-        return scalars
+            a, b, c, d = [*four, *[zero] * (4 - len(four))]
+            pairs = self._add_interleaved(a, c), self._add_interleaved(b, d)
+            found.append(self._fold(self._add_interleaved(*pairs)))
+        return found
 
-    def _add_pairs(self, a: Value, b: Value) -> Value:
-        """[a0 + a1, b0 + b1, a2 + a3, b2 + b3]."""
-        return self.add(self.shuffle(a, b, (0, 4, 2, 6)), self.shuffle(a, b, (1, 5, 3, 7)))
+    def _add_interleaved(self, a: Value, b: Value) -> Value:
+        """[a0 + a2, b0 + b2, a1 + a3, b1 + b3] of each quarter."""
+        count = a.type.count
+        low, high = (
+            [quarter + lane + of * count for quarter in range(0, count, 4)
+             for lane in half for of in range(2)]
+            for half in ((0, 1), (2, 3))
+        )  # fmt: skip
+        return self.add(self.shuffle(a, b, low), self.shuffle(a, b, high))
 
     def _fold(self, vector: Value) -> Value:
         """Add halves onto each other until four lanes are left."""

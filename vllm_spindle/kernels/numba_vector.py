@@ -132,9 +132,14 @@ def rotate_and_dot(typing_context, dims, lanes, entries, first, second, table, a
                 query = v.load(where, width)
                 for key, total in zip(keys, sums, strict=True):
                     total[lane] = v.add(total[lane], v.mul(key[part], query))
-        scales = [arguments[9]] * num_lanes + [arguments[10]] * num_lanes
-        for index, total in enumerate(v.lane_sums(sums[0] + sums[1])):
-            builder.store(v.mul(total, scales[index]), v.at(out_data, arguments[12], index))
+        scales = v.shuffle(v.splat(arguments[9], 1), v.splat(arguments[10], 1), (0, 1))
+        for start, four in zip(
+            range(0, 2 * num_lanes, 4), v.lane_sums(sums[0] + sums[1]), strict=True
+        ):
+            token_of = [index // num_lanes for index in range(start, min(start + 4, 2 * num_lanes))]
+            products = v.shuffle(four, four, range(len(token_of)))
+            scaled = v.mul(products, v.shuffle(scales, scales, token_of))
+            v.store(scaled, v.at(out_data, arguments[12], start))
         return context.get_dummy_value()
 
     arrays = (entries, INDEX, INDEX, table, INDEX, INDEX, queries, NUMBER, NUMBER, out, INDEX)

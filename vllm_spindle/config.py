@@ -101,6 +101,12 @@ class SpindleConfig(BaseModel):
         description="under 'received', the prompt's last query, which answers, chooses in turns "
         "with the window that it belongs to",
     )
+    reduce_after: Annotated[int, Field(ge=0, le=1024)] = Field(
+        0,
+        description="output tokens decoded over the whole prompt before it is reduced; under "
+        "'received' and 'pooled' what they look at takes turns with the window. An answer that "
+        "ends before is never reduced; until then a request holds all its blocks",
+    )
     pool_kernel: Annotated[int, Field(ge=1, le=63)] = Field(
         5,
         description="neighbours (tokens, odd) that 'received' and 'pooled' take the maximum over",

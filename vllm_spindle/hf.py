@@ -42,24 +42,43 @@ def compress(model: Any, input_ids: Tensor, method: Method, byte_ratio: float) -
     Raises:
         ValueError: if the method cannot reduce this model or prompt.
     """
-    layers = read(model, input_ids, twice=method.reads_twice)
+    layers = read(model, input_ids, twice=method.reads_twice, ahead=method.reads_ahead)
     return reduce_read(model, layers, method, byte_ratio)
 
 
 @torch.inference_mode()
-def read(model: Any, input_ids: Tensor, *, twice: bool = False) -> list[PromptLayer]:
+def read(
+    model: Any, input_ids: Tensor, *, twice: bool = False, ahead: int = 0
+) -> list[PromptLayer]:
     """What each layer sees of a prompt, for ``reduce_read``: by several methods, if need be.
 
     Args:
         model: one that passed ``enable``.
         input_ids: the prompt. [1, P].
         twice: for methods that read twice, a second time behind itself.
+        ahead: for methods that read ahead, most greedy tokens of its answer. Not both.
     """
     cache = QueryCache(model.config)
-    num_tokens = input_ids.shape[1]
-    for _ in range(2 if twice else 1):
-        model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return cache.prompt(_rotary_table(model, num_tokens + NUM_FUTURE), num_tokens if twice else 0)
+
+    def feed(token_ids: Tensor) -> Tensor:
+        out = model(input_ids=token_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1:].argmax(-1)
+
+    num_tokens, num_ahead = input_ids.shape[1], 0
+    answer = feed(input_ids)
+    if twice:
+        feed(input_ids)
+    while num_ahead < ahead and int(answer) not in stop_ids(model):
+        answer = feed(answer)
+        num_ahead += 1
+    cos_sin = _rotary_table(model, num_tokens + NUM_FUTURE)
+    return cache.prompt(cos_sin, num_tokens if twice else 0, num_ahead)
+
+
+def stop_ids(model: Any) -> set[int]:
+    """Tokens that end a text, by the model's own configuration."""
+    found = model.generation_config.eos_token_id
+    return {*(found if isinstance(found, list) else [found])} - {None}
 
 
 @torch.inference_mode()
@@ -126,14 +145,16 @@ class SpindleCache(QueryCache):
         return _SpindleLayer(self, layer_idx)
 
     def reduce_layer(self, layer_idx: int) -> None:
-        """Reduce one layer if its prompt is there."""
+        """Reduce one layer if its prompt is there, and what is to be waited for behind it."""
         layer: QueryLayer = self.layers[layer_idx]
-        if layer.num_seen < (self._prompt_len or 0):
+        num_ahead = self._options.reduce_after
+        if layer.num_seen < (self._prompt_len or layer.first_call_len) + num_ahead:
             return
-        prompt = layer.prompt(layer_idx, self._cos_sin)
+        prompt = layer.prompt(layer_idx, self._cos_sin, num_ahead=num_ahead)
         policy = make_policy(self._options, self._block_size, self._num_layers, prompt.queries)
         band = policy.band_of_layer(layer_idx)
-        layer.reduce(reduce_by_plan(policy, band, policy.plan(prompt.num_tokens)[band], prompt))
+        plan = policy.plan(prompt.num_tokens)[band]
+        layer.reduce(reduce_by_plan(policy, band, plan, prompt), num_ahead)
 
 
 class _SpindleLayer(QueryLayer):

@@ -96,6 +96,12 @@ class QueryLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return self.num_seen
 
+    @property
+    def first_call_len(self) -> int:
+        """Tokens of the first call, of a layer that has not been reduced."""
+        assert self._queries is not None
+        return self._queries[0].shape[2]
+
     def attend(self, query: Tensor, attention_mask: Tensor | None, scale: float) -> Tensor | None:
         """Outputs of the newest tokens over what is left; None where nothing is reduced.
 
@@ -128,36 +134,45 @@ class QueryLayer(DynamicLayer):
     def attended(self) -> None:
         """Called once the newest tokens were attended with nothing reduced."""
 
-    def prompt(self, layer_idx: int, cos_sin: Tensor | None, num_repeated: int = 0) -> PromptLayer:
+    def prompt(
+        self, layer_idx: int, cos_sin: Tensor | None, num_repeated: int = 0, num_ahead: int = 0
+    ) -> PromptLayer:
         """What the layer saw, to be reduced; queries are no longer recorded.
 
         Args:
             layer_idx: depth.
             cos_sin: see ``PromptLayer``.
-            num_repeated: newest tokens that repeat the prompt's last ones; they are dropped from
-                the cache, and their queries kept apart.
+            num_repeated: newest tokens that repeat the prompt's last ones; they are left out, and
+                their queries kept apart.
+            num_ahead: likewise, newest tokens that answer the prompt. Not both.
         """
         assert self._queries is not None
-        num_tokens = self.num_seen - num_repeated
+        num_apart = num_repeated + num_ahead
+        num_tokens = self.num_seen - num_apart
         queries = torch.cat(self._queries, dim=2)[0]
         self._queries = None
-        if num_repeated:
-            self.crop(-num_repeated)
         queries = queries.view(self.keys.shape[1], -1, *queries.shape[1:])
         return PromptLayer(
             queries=queries[:, :, :num_tokens],
-            keys=self.keys[0],
-            values=self.values[0],
+            keys=self.keys[0, :, :num_tokens],
+            values=self.values[0, :, :num_tokens],
             scale=self._scale,
             layer_idx=layer_idx,
             cos_sin=cos_sin,
             repeated=queries[:, :, num_tokens:] if num_repeated else None,
+            ahead=queries[:, :, num_tokens:] if num_ahead else None,
         )
 
-    def reduce(self, reduced: ReducedLayer) -> None:
-        """Hold what is left, and no longer the rest."""
+    def reduce(self, reduced: ReducedLayer, num_ahead: int = 0) -> None:
+        """Hold what is left of the prompt, and no longer the rest.
+
+        Args:
+            reduced: what is left.
+            num_ahead: newest tokens that are not the prompt's; they stay.
+        """
         self.reduced, self._queries = reduced, None
-        self.full_bytes = dense_bytes(self.keys.shape[1] * self.num_seen, self.keys.shape[-1])
+        prompt_len = self.num_seen - num_ahead
+        self.full_bytes = dense_bytes(self.keys.shape[1] * prompt_len, self.keys.shape[-1])
         # attend() reads float32: turned once, not at every step.
         self._context = (reduced.keys.float(), reduced.values.float(), reduced.is_there)
         self.keys = self.keys[:, :, reduced.num_context :].clone()
@@ -209,10 +224,12 @@ class QueryCache(Cache):
         """The layer of a depth."""
         return QueryLayer()
 
-    def prompt(self, cos_sin: Tensor | None, num_repeated: int = 0) -> list[PromptLayer]:
+    def prompt(
+        self, cos_sin: Tensor | None, num_repeated: int = 0, num_ahead: int = 0
+    ) -> list[PromptLayer]:
         """What every layer saw; see ``QueryLayer.prompt``."""
         return [
-            layer.prompt(layer_idx, cos_sin, num_repeated)
+            layer.prompt(layer_idx, cos_sin, num_repeated, num_ahead)
             for layer_idx, layer in enumerate(self.layers)
         ]
 

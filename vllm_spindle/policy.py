@@ -113,6 +113,16 @@ class SpindlePolicy:
             first=plans[0].observed_from,
         )
 
+    def reduce_at(self, prompt_len: int) -> int:
+        """Tokens of a request that are computed when its prompt is reduced: its own, and those of
+        the answer that were to be waited for."""
+        return prompt_len + self.config.reduce_after
+
+    def recorded(self, prompt_len: int, plans: Sequence[BandPlan]) -> np.ndarray:
+        """Tokens whose queries are laid aside: those that score, then those waited for. int64."""
+        ahead = np.arange(prompt_len, self.reduce_at(prompt_len), dtype=np.int64)
+        return np.concatenate([self.observed(prompt_len, plans), ahead])
+
     def visual_share(self, band: int) -> float:
         """Visual tokens that a band may keep, over what would be proportional, [0, 1]."""
         depth = band / (len(self.bands) - 1) if len(self.bands) > 1 else 1.0

@@ -18,6 +18,8 @@ MODES: dict[str, dict[str, Any]] = {
     "heads": {"num_bands": 2, "head_shares": tiny.head_shares(num_layers=2, num_heads=2)},
     # A prompt's layers take several steps.
     "paced": {"band_methods": ["both", "evict"], "reduce_share": 0.1},
+    # Reduced behind some of the answer.
+    "waits": {"band_methods": ["both", "evict"], "reduce_share": 0.1, "reduce_after": 6},
 }
 
 
@@ -102,6 +104,7 @@ def _preemption(model: str) -> dict[str, Any]:
         "codebooks": {"keep_ratio": 0.25, **MODES["codebooks"]},
         "heads": {"keep_ratio": 0.25, **MODES["heads"]},
         "paced": {"keep_ratio": 0.25, **MODES["paced"]},
+        "waits": {"keep_ratio": 0.25, **MODES["waits"]},
     }
     for name, spindle in sides.items():
         for memory in (64 * MIB, 2 * MIB):
@@ -169,10 +172,10 @@ def test_plan_is_held_under_aborts(runs: dict[str, Any], mode: str) -> None:
     assert run["left_over"] == []
     assert run["reduced_rows"] > 500
     assert min(run["aborted"].values()) >= 3
-    assert (run["held_steps"] > 30) == (mode == "paced")
+    assert (run["held_steps"] > 30) == (mode in ("paced", "waits"))
 
 
-@pytest.mark.parametrize("side", ["spindle", "codebooks", "heads", "paced"])
+@pytest.mark.parametrize("side", ["spindle", "codebooks", "heads", "paced", "waits"])
 def test_plan_is_held_under_preemption(runs: dict[str, Any], side: str) -> None:
     """Preempted requests are reduced again, to the same plan, and leak nothing."""
     run = runs["preemption"][f"{side}-2"]
@@ -186,7 +189,7 @@ def test_plan_is_held_under_preemption(runs: dict[str, Any], side: str) -> None:
 def test_preempted_requests_answer_as_unpreempted(runs: dict[str, Any]) -> None:
     """Preemption changes no token: not in stock vLLM, and not with reduced prompts."""
     run = runs["preemption"]
-    for name in ("stock", "spindle", "codebooks", "heads", "paced"):
+    for name in ("stock", "spindle", "codebooks", "heads", "paced", "waits"):
         assert run[f"{name}-2"]["preempted"] >= 3
         assert run[f"{name}-64"]["preempted"] == 0
         assert run[f"{name}-2"]["tokens"] == run[f"{name}-64"]["tokens"]

@@ -27,6 +27,8 @@ MODES: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
     "evict": (ON, {}),
     "async": (ON, {}),
     "one at a time": ({**ON, "reduce_share": 0.1}, {}),
+    "waits": ({**ON, "reduce_after": 4}, {}),
+    "waits, async": ({**ON, "reduce_after": 4}, {}),
     "unfold": ({**ON, "gqa": "unfold", "budget": "uniform"}, {}),
     "codebooks": ({**ON, "method": "both"}, {"dtype": "bfloat16"}),
     "prefix, no cache": ({**ON, "protected_prefix_tokens": 96}, {}),
@@ -61,7 +63,7 @@ def served(model: str, version: int, with_graphs: bool = False) -> dict[str, Any
     found: dict[str, Any] = {}
     for name, (spindle, options) in MODES.items():
         with ExitStack() as stack:
-            if version == 2 and name == "async":
+            if version == 2 and name.endswith("async"):
                 stack.enter_context(async_scheduling())
             graphs = stack.enter_context(full_graphs()) if with_graphs else {}
             running = stack.enter_context(engine(model, spindle, **{**EXACT, **options}))
@@ -266,7 +268,7 @@ def test_plan_is_held(versions: dict[str, Any], mode: str) -> None:
         assert found["idle_free"]
         assert found["left_over"] == []
         assert found["stats"] >= 6
-    assert ("Async" in versions["v2"][mode]["scheduler"]) == (mode == "async")
+    assert ("Async" in versions["v2"][mode]["scheduler"]) == mode.endswith("async")
 
 
 def test_the_cache_changes_nothing(versions: dict[str, Any]) -> None:

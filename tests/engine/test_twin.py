@@ -25,6 +25,9 @@ HEAD_SHARES = tiny.head_shares(num_layers=6, num_heads=2)
 MODES["heads"] = {"head_shares": HEAD_SHARES}
 MODES["heads-layer-bands"] = {"head_shares": HEAD_SHARES, "num_bands": 6, "gqa": "mean"}
 MODES["heads-prefix"] = {"head_shares": HEAD_SHARES, "protected_prefix_tokens": 200}
+# Reduced once some of the answer is there, which then chooses too.
+MODES["waits"] = {"reduce_after": 4}
+MODES["waits-heads"] = {"head_shares": HEAD_SHARES, "reduce_after": 4}
 # Off the block grid, on it, one over; and one too short to be reduced.
 PROMPT_LENS = [900, 512, 385, 300, 95]
 LONGEST = PROMPT_LENS[0]

@@ -73,15 +73,16 @@ class PlanWatch:
 
     def _check_request(self, request: Any, computed: int, scheduled: int) -> None:
         prompt_len = request.num_prompt_tokens
-        if computed < prompt_len < computed + scheduled:
-            self._problem(request, f"a chunk of {scheduled} at {computed} crosses {prompt_len}")
-        if computed + scheduled == prompt_len and request.num_tokens > prompt_len:
+        reduce_at = self.policy.reduce_at(prompt_len)
+        if computed < reduce_at < computed + scheduled:
+            self._problem(request, f"a chunk of {scheduled} at {computed} crosses {reduce_at}")
+        if computed + scheduled == reduce_at and request.num_tokens > reduce_at:
             self.counts["resumed_chunks_at_prompt_end"] += 1
         plans = self.policy.plan_request(prompt_len, request_options(request.sampling_params))
         # Blocks go once the prompt is processed: scheduled a step ahead, that is a step later.
-        is_past = request.num_computed_tokens - request.num_in_flight_tokens >= prompt_len
-        # Scheduled for nothing once its prompt is computed: its reduction goes on.
-        is_held = is_past and scheduled == 0 and computed == prompt_len
+        is_past = request.num_computed_tokens - request.num_in_flight_tokens >= reduce_at
+        # Scheduled for nothing once all that it waits for is computed: its reduction goes on.
+        is_held = is_past and scheduled == 0 and computed == reduce_at
         self.counts["held_steps"] += is_held
         for manager in self.engine.managers:
             plan = plans[manager.kv_cache_spec.band]

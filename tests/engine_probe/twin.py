@@ -147,7 +147,8 @@ class Agreement:
     Attributes:
         error: decode outputs against the twin over the kept tokens.
         error_to_full: the same outputs against full attention; large, or nothing was evicted.
-        prompt_error: the prompt's last outputs against full attention.
+        prompt_error: the prompt's last outputs, and those before it is reduced, against full
+            attention.
         kept_differ: layers whose kept positions are not those of the core.
         rows: decode outputs compared.
         merged_rows: decode outputs of layers with codebooks.
@@ -177,6 +178,7 @@ def compare(
     result = Agreement()
     for (request_id, layer_idx), rows in seen.rows.items():
         prompt_len, keep_ratio = asks[request_id]
+        reduce_at = policy.reduce_at(prompt_len)
         band = policy.band_of_layer(layer_idx)
         plan = policy.plan(prompt_len, keep_ratio)[band]
         ends = plan.prefix_blocks * policy.block_size, plan.tail_block * policy.block_size
@@ -185,8 +187,8 @@ def compare(
         codebooks = seen.codebooks.get((request_id, layer_idx))
         if codebooks:
             end = len(layer.queries)
-            result.merged_rows += end - prompt_len
-            error = layer.codebook_error(codebooks[-1], seen.cos_sin, prompt_len)
+            result.merged_rows += end - reduce_at
+            error = layer.codebook_error(codebooks[-1], seen.cos_sin, reduce_at)
             result.merged_error = max(result.merged_error, error)
             continue
         if plan.is_reduced:
@@ -198,13 +200,13 @@ def compare(
                 differ = not found or any(not torch.equal(chosen, each) for each in found)
                 result.kept_differ += differ
         first_row = max(0, prompt_len - NUM_PROMPT_ROWS)
-        prompt_error = layer.error(layer.everything, first_row, prompt_len)
-        result.prompt_error = max(result.prompt_error, prompt_error)
         end = len(layer.queries)
-        if end > prompt_len:
-            result.rows += end - prompt_len
-            result.error = max(result.error, layer.error(kept, prompt_len, end))
-            to_full = layer.error(layer.everything, prompt_len, end)
+        prompt_error = layer.error(layer.everything, first_row, min(reduce_at, end))
+        result.prompt_error = max(result.prompt_error, prompt_error)
+        if end > reduce_at:
+            result.rows += end - reduce_at
+            result.error = max(result.error, layer.error(kept, reduce_at, end))
+            to_full = layer.error(layer.everything, reduce_at, end)
             result.error_to_full = max(result.error_to_full, to_full)
     return result
 
@@ -243,7 +245,7 @@ class TwinLayer:
         """What the pure-torch core keeps; -1 where a head keeps fewer than others."""
         config = policy.config
         copies = policy.num_queries_per_kv if config.gqa == "unfold" else 1
-        observed = torch.from_numpy(policy.observed(prompt_len, [plan]))
+        observed = torch.from_numpy(policy.recorded(prompt_len, [plan]))
         num_kv_heads, head_size = self.keys.shape[1:]
         scored = (
             choice_rule(config),
@@ -257,6 +259,7 @@ class TwinLayer:
             "scale": self.scale,
             "num_context": self.num_context,
             "num_protected": self.num_protected,
+            "num_ahead": config.reduce_after,
         }
         if policy.profile is not None:
             blocks = policy.head_blocks(layer_idx, plan, range(num_kv_heads))

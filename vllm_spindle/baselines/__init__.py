@@ -13,6 +13,7 @@ from vllm_spindle.baselines.paper import Paper
 from vllm_spindle.baselines.pyramidinfer import PyramidInfer
 from vllm_spindle.baselines.pyramidkv import PyramidKV
 from vllm_spindle.baselines.random import Random
+from vllm_spindle.baselines.reduce_after import ReduceAfter
 from vllm_spindle.baselines.snapkv import SnapKV
 from vllm_spindle.baselines.spindle import Spindle
 from vllm_spindle.baselines.streaming_llm import StreamingLLM
@@ -31,6 +32,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "d2o": D2O,
     "paper": Paper,
     "spindle": Spindle.of,
+    "reduce_after": ReduceAfter.of,
     "two_pass": TwoPass.of,
 }
 

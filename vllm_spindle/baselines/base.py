@@ -42,6 +42,8 @@ class PromptLayer:
             more; None for a model that turns its keys in another way. [at least T, D].
         repeated: rotated queries of the same tokens, read a second time behind the prompt, for
             methods that ask for them; or None. [K, G, T, D].
+        ahead: rotated queries of the answer's first tokens, read from the whole cache and then
+            taken back, for methods that ask for them; or None. [K, G, A, D].
     """
 
     queries: Tensor
@@ -51,6 +53,7 @@ class PromptLayer:
     layer_idx: int
     cos_sin: Tensor | None = None
     repeated: Tensor | None = None
+    ahead: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -89,6 +92,11 @@ class Method(ABC):
 
     reads_twice = False
     """Whether the prompt is to be read a second time for ``PromptLayer.repeated``."""
+
+    @property
+    def reads_ahead(self) -> int:
+        """Tokens of its answer to decode for ``PromptLayer.ahead``, before it is reduced."""
+        return 0
 
     @abstractmethod
     def reduce(self, layers: Sequence[PromptLayer], byte_ratio: float) -> list[ReducedLayer]:

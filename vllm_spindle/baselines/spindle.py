@@ -41,6 +41,10 @@ class Spindle(Method):
         """For a model: with the profile beside it, if budgets are measured."""
         return replace(self, config=with_profile(self.config, model))
 
+    @property
+    def reads_ahead(self) -> int:
+        return self.config.reduce_after
+
     def reduce(self, layers: Sequence[PromptLayer], byte_ratio: float) -> list[ReducedLayer]:
         policy = make_policy(self.config, self.block_size, len(layers), layers[0].queries)
         plans = policy.plan(layers[0].num_tokens, byte_ratio)

@@ -110,6 +110,7 @@ def reduce_prompt(
             num_context=num_context,
             num_kept=num_kept,
             num_protected=num_protected,
+            num_ahead=0 if layer.ahead is None else layer.ahead.shape[2],
         )
 
     if policy.profile is not None:
@@ -157,7 +158,11 @@ def _observed(policy: SpindlePolicy, plan: BandPlan, layer: PromptLayer) -> tupl
     positions = torch.from_numpy(policy.observed(layer.num_tokens, [plan]))
     # A captured prompt has the queries of its last tokens alone.
     rows = positions - (layer.num_tokens - layer.queries.shape[2])
-    return layer.queries[:, :, rows], positions
+    queries = layer.queries[:, :, rows]
+    if layer.ahead is None:
+        return queries, positions
+    ahead = layer.num_tokens + torch.arange(layer.ahead.shape[2])
+    return torch.cat([queries, layer.ahead], dim=2), torch.cat([positions, ahead])
 
 
 def _by_head(

@@ -18,7 +18,7 @@ DEFAULT_KEEP_RATIO = 0.25
 KEY_SHARES = (0.5, 0.35, 0.65)  # of equals the first: the default
 BY_PROFILE = {"budget": "auto", "head_shares": None, "num_bands": None, "band_methods": None}
 """Dials of a plan that leaves it all to the profile beside the model."""
-CHOSEN_HERE = ("method", "band_methods", "num_bands")
+CHOSEN_HERE = ("method", "band_methods", "num_bands", "reduce_after")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,7 +12,16 @@ from vllm_spindle.commands.geometry import read_geometry
 from vllm_spindle.config import PROFILE_FILE
 from vllm_spindle.core.bands import MAX_DEFAULT_BANDS, default_num_bands
 
-CHOSEN_HERE = ("keep_ratio", "method", "band_methods", "budget", "head_shares", "num_bands", "beta")
+CHOSEN_HERE = (
+    "keep_ratio",
+    "method",
+    "band_methods",
+    "budget",
+    "head_shares",
+    "num_bands",
+    "beta",
+    "reduce_after",
+)
 DEFAULT_LENGTHS = "512,1024"
 
 

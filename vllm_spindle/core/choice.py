@@ -3,6 +3,10 @@
 The one entry that the engine, the transformers cache and the tests share, so that they keep the
 same tokens. Shapes: K kv heads, G query heads per kv head, Q observed queries, the window's W last
 among them, T prompt tokens, N tokens to keep, D head size.
+
+Behind the window may come the answer's first tokens, if the prompt was reduced after them
+(``reduce_after``): what they look at is what the answer needs. Decoded ahead to choose by, as in
+Lookahead Q-Cache (arXiv:2505.20334).
 """
 
 from collections.abc import Sequence
@@ -50,6 +54,7 @@ def choose_kept(
     num_context: int,
     num_kept: int,
     num_protected: int = 0,
+    num_ahead: int = 0,
     visual: VisualCap | None = None,
 ) -> Tensor:
     """Positions of the context tokens to keep, ascending; see ``rank_context``."""
@@ -62,6 +67,7 @@ def choose_kept(
         num_context=num_context,
         num_kept=num_kept,
         num_protected=num_protected,
+        num_ahead=num_ahead,
         visual=visual,
     )
     return ranked.sort(dim=-1).values
@@ -77,6 +83,7 @@ def rank_context(
     num_context: int,
     num_kept: int,
     num_protected: int = 0,
+    num_ahead: int = 0,
     visual: VisualCap | None = None,
 ) -> Tensor:
     """Positions of the context tokens to keep, the most important first.
@@ -85,18 +92,19 @@ def rank_context(
         rule: scoring and GQA rule.
         queries: rotated queries of the observed tokens. [K, G, Q, D].
         keys: rotated keys of the whole prompt. [K, T, D].
-        positions: of the observed tokens, ascending, the window last (``core/observers.py``).
-            [Q], int64.
+        positions: of the observed tokens, ascending, the window last (``core/observers.py``), behind
+            it only what is ahead. [Q], int64.
         scale: softmax scale.
         num_context: tokens that may be evicted lie below this position.
         num_kept: context tokens to keep; per query head with ``unfold``.
         num_protected: and from this position on; those before are kept anyway.
+        num_ahead: last of the observed queries, which are those of the answer's first tokens.
         visual: keep fewer visual tokens than the scores ask for; None for no difference.
 
     Returns:
         int64: [K, N], with ``unfold`` [K, G, N].
     """
-    scores = _importance(rule, queries, keys, positions, scale, num_context)
+    scores = _importance(rule, queries, keys, positions, scale, num_context, num_ahead)
     return num_protected + _rank(
         scores[..., num_protected:], num_kept, rule.gqa, visual, num_protected
     )
@@ -119,6 +127,7 @@ def _importance(
     positions: Tensor,
     scale: float,
     num_context: int,
+    num_ahead: int,
 ) -> Tensor:
     """Scores of the context per query head. [K, G, C], float32."""
     if rule.score == "random":
@@ -126,21 +135,33 @@ def _importance(
         return random_importance(
             num_kv_heads, group, num_context, seed=rule.seed, device=queries.device
         )
-    attention = window_attention(queries[:, :, -rule.window :], keys, scale)
+    num_asking = len(positions) - num_ahead
+
+    def pooled(attention: Tensor) -> Tensor:
+        return pooled_importance(attention, num_context, pool_kernel=rule.pool_kernel)
+
+    attention = window_attention(queries[:, :, :num_asking][:, :, -rule.window :], keys, scale)
     if rule.score == "paper":
         return paper_importance(attention, num_context)
-    asked = pooled_importance(attention, num_context, pool_kernel=rule.pool_kernel)
+    asked = pooled(attention)
+    first = num_asking - (1 if rule.last_query and rule.score == "received" else 0)
+    if first < queries.shape[2]:
+        # A sum over the window drowns what the queries that answer look at next.
+        answering = received_attention(
+            queries[:, :, first:], keys, scale, positions=positions[first:], reduction="max"
+        )
+        asked = in_turns(pooled(answering), asked)
     if rule.score == "pooled":
         return asked
-    if rule.last_query:
-        # A sum over the window drowns what the one query that answers would look at next.
-        last = window_attention(queries[:, :, -1:], keys, scale)
-        last = pooled_importance(last, num_context, pool_kernel=rule.pool_kernel)
-        asked = in_turns(last, asked)
     received = received_attention(
-        queries, keys, scale, positions=positions, min_distance=MIN_DISTANCE, reduction="max"
+        queries[:, :, :num_asking],
+        keys,
+        scale,
+        positions=positions[:num_asking],
+        min_distance=MIN_DISTANCE,
+        reduction="max",
     )
-    return in_turns(asked, pooled_importance(received, num_context, pool_kernel=rule.pool_kernel))
+    return in_turns(asked, pooled(received))
 
 
 def _rank(

@@ -76,12 +76,14 @@ class SpindleManager(FullAttentionManager):
         processed_computed_tokens: int,
         num_prompt_tokens: int | None = None,
     ) -> None:
-        """Free ``[prefix_blocks, first_block)`` once every prompt token is processed.
+        """Free ``[prefix_blocks, first_block)`` once all is processed that the prompt waits for.
 
         Processed, not merely scheduled: a step in flight still reads the whole row, and the
-        worker compacts the row at the end of the step that finishes the prompt.
+        worker compacts the row at the end of the step that computes the last of it.
         """
-        if num_prompt_tokens is None or processed_computed_tokens < num_prompt_tokens:
+        if num_prompt_tokens is None:
+            return
+        if processed_computed_tokens < self.policy.reduce_at(num_prompt_tokens):
             return
         blocks = self.req_to_blocks.get(request_id)
         plan = self.plan(request_id, num_prompt_tokens)

@@ -205,15 +205,16 @@ class Reducer:
         )
         for request_id, prompt_len, computed, scheduled in rows:
             plans = self._plans.get(request_id)
-            is_past = computed >= prompt_len
+            reduce_at = self.policy.reduce_at(prompt_len)
+            is_past = computed >= reduce_at
             past.append(request_id if is_past and plans else None)
             if plans and not is_past:
-                observed = self.policy.observed(prompt_len, plans)
-                first, stop = np.searchsorted(observed, (computed, computed + scheduled))
+                recorded = self.policy.recorded(prompt_len, plans)
+                first, stop = np.searchsorted(recorded, (computed, computed + scheduled))
                 if first < stop:
-                    sources.append(torch.from_numpy(observed[first:stop] + (token - computed)))
+                    sources.append(torch.from_numpy(recorded[first:stop] + (token - computed)))
                     counts.append((request_id, int(stop - first)))
-                if computed + scheduled >= prompt_len:
+                if computed + scheduled >= reduce_at:
                     ends.append(PromptEnd(request_id, prompt_len, plans))
             token += scheduled
         self._plan_rows(past)
@@ -319,11 +320,11 @@ class Reducer:
         keys, values = self.layout.read(layer.kv_cache, blocks)
         num_kv_heads, _, head_size = keys.shape
         queries = self.stash.read(layer.layer_idx, end.request_id)
-        observed = self.policy.observed(end.prompt_len, end.plans)
+        positions = self.policy.recorded(end.prompt_len, end.plans)
         return LayerPrompt(
             # [Q, K * G, D] -> [K, G, Q, D]
             queries=queries.view(len(queries), num_kv_heads, -1, head_size).permute(1, 2, 0, 3),
-            positions=torch.from_numpy(observed),
+            positions=torch.from_numpy(positions),
             keys=keys,
             values=values,
             prompt_len=end.prompt_len,

@@ -48,7 +48,8 @@ class LayerPrompt:
     """An ended prompt in one layer.
 
     Attributes:
-        queries: rotated queries of the observed tokens. [K, G, Q, D].
+        queries: rotated queries of the observed tokens, and of those of the answer that were waited
+            for. [K, G, Q, D].
         positions: of those, on the CPU. [Q], int64.
         keys: rotated keys of T tokens and the rest of their last block. [K, T.., D].
         values: [K, T.., D].
@@ -82,6 +83,7 @@ class LayerPrompt:
             "num_context": context.stop,
             "num_kept": num_kept,
             "num_protected": context.start,
+            "num_ahead": int((self.positions >= self.prompt_len).sum()),
             "visual": self.visual,
         }
 

@@ -1,6 +1,6 @@
 """The scheduler's adapter: hold prompts until they are reduced, free early, count.
 
-It also keeps chunks off a prompt's end.
+It also keeps chunks off the point where a prompt is reduced.
 """
 
 from typing import Any
@@ -29,10 +29,10 @@ class SpindleSchedulerMixin:
         self._bands.sort(key=lambda manager: manager.band)
         for manager in self._bands:
             manager.share_options(self._options)
-        policy = self._bands[0].policy
-        is_auto = policy.config.protected_prefix_tokens == "auto"
+        self._policy = self._bands[0].policy
+        is_auto = self._policy.config.protected_prefix_tokens == "auto"
         self._branches = BranchIndex() if is_auto else None
-        self._queue = policy.reduction_queue(self.scheduler_config.max_num_batched_tokens)
+        self._queue = self._policy.reduction_queue(self.scheduler_config.max_num_batched_tokens)
         self._stats = _empty_stats(len(self._bands))
 
     def add_request(self, request: Request) -> None:
@@ -69,7 +69,7 @@ class SpindleSchedulerMixin:
             request
             for request in self.running
             if request.request_id not in self._reduced
-            and request.num_computed_tokens == request.num_prompt_tokens
+            and request.num_computed_tokens == self._policy.reduce_at(request.num_prompt_tokens)
             and request.request_id in num_scheduled_tokens
         ]
         for request in sorted(ended, key=lambda request: request.request_id):
@@ -81,7 +81,8 @@ class SpindleSchedulerMixin:
 
     def _free_if_processed(self, request: Request) -> None:
         processed = request.num_computed_tokens - request.num_in_flight_tokens
-        if processed < request.num_prompt_tokens or request.request_id in self._queue:
+        reduce_at = self._policy.reduce_at(request.num_prompt_tokens)
+        if processed < reduce_at or request.request_id in self._queue:
             return
         self.kv_cache_manager.remove_skipped_blocks(
             request.request_id, processed, request.num_prompt_tokens
@@ -99,18 +100,19 @@ class SpindleSchedulerMixin:
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
-        """No tokens while the prompt waits for its reduction; no chunk across the prompt's end.
+        """No tokens while the prompt waits for its reduction; no chunk across that point.
 
         Only a request resumed after preemption could: it prefills prompt and output. Stopping
-        at the prompt's end lets its output attend to the reduced cache again, as it did before.
+        where the prompt is reduced lets its output attend to the reduced cache again, as it did
+        before.
         """
         if request.request_id in self._queue:
             return 0
         num_new_tokens = super()._reserve_prefill_lookahead(
             request, num_computed_tokens, num_new_tokens
         )
-        to_prompt_end = request.num_prompt_tokens - num_computed_tokens
-        return to_prompt_end if 0 < to_prompt_end < num_new_tokens else num_new_tokens
+        left = self._policy.reduce_at(request.num_prompt_tokens) - num_computed_tokens
+        return left if 0 < left < num_new_tokens else num_new_tokens
 
     def _get_local_prefix_cache_hit(self, request: Request) -> Any:
         """vLLM's lookup, cut before the request's own region and window, the same in all bands.

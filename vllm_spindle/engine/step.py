@@ -33,7 +33,8 @@ class BatchView:
 
 @dataclass(frozen=True)
 class PromptEnd:
-    """A prompt whose last token is in this step, and which some band reduces after it."""
+    """A prompt that some band reduces after this step: its last token, or the last token of its
+    answer that was to be waited for, is in it."""
 
     request_id: str
     prompt_len: int

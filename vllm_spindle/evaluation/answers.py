@@ -25,13 +25,13 @@ class PromptReader:
         self._model, self._num_remembered = model, num_remembered
         self._read: dict[tuple[int | bool, ...], list[PromptLayer]] = {}
 
-    def read(self, prompt_ids: Sequence[int], *, twice: bool) -> list[PromptLayer]:
+    def read(self, prompt_ids: Sequence[int], *, twice: bool, ahead: int) -> list[PromptLayer]:
         """See ``hf.read``."""
-        key = (twice, *prompt_ids)
+        key = (twice, ahead, *prompt_ids)
         layers = self._read.pop(key, None)
         if layers is None:
             ids = torch.tensor([list(prompt_ids)], device=self._model.device)
-            layers = read(self._model, ids, twice=twice)
+            layers = read(self._model, ids, twice=twice, ahead=ahead)
         self._read[key] = layers
         while len(self._read) > self._num_remembered:
             del self._read[next(iter(self._read))]
@@ -110,7 +110,9 @@ class Answerer:
         """
         if len(prompt_ids) < 2 or not all(followups[1:]):
             raise ValueError("needs a prompt of two tokens or more, and no later follow-up empty")
-        layers = self._reader.read(prompt_ids, twice=self.method.reads_twice)
+        layers = self._reader.read(
+            prompt_ids, twice=self.method.reads_twice, ahead=self.method.reads_ahead
+        )
         cache = reduce_read(self._model, layers, self.method, self._byte_ratio)
         self.true_bytes, self.full_bytes = cache.true_bytes or 0, cache.full_bytes or 0
         answers, unread = [], []

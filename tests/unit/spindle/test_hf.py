@@ -15,7 +15,7 @@ from vllm_spindle.calibration.capture import rotary_table
 from vllm_spindle.config import SpindleConfig
 from vllm_spindle.core.choice import ChoiceRule, choose_kept
 from vllm_spindle.core.reference import attend_reduced
-from vllm_spindle.hf import SpindleCache, compress, enable
+from vllm_spindle.hf import SpindleCache, compress, enable, read
 from vllm_spindle.policy import SpindlePolicy
 
 BLOCK = 8
@@ -87,13 +87,14 @@ class _Seen:
         )
 
 
+@pytest.mark.parametrize("waits", [0, 3])
 @pytest.mark.parametrize("gqa", ["union", "mean", "unfold"])
 def test_decode_attends_to_what_the_core_keeps(
-    model: Any, monkeypatch: pytest.MonkeyPatch, gqa: Any
+    model: Any, monkeypatch: pytest.MonkeyPatch, gqa: Any, waits: int
 ) -> None:
-    """Outputs after the prompt are the oracle's over the core's choice, in every layer."""
+    """Outputs after the reduction are the oracle's over the core's choice, in every layer."""
     seen = _Seen(monkeypatch)
-    options = OPTIONS.model_copy(update={"gqa": gqa})
+    options = OPTIONS.model_copy(update={"gqa": gqa, "reduce_after": waits})
     cache = _cache(model, options)
     _generate(model, _ids(LENGTH), 6, cache)
     policy = SpindlePolicy(options, 2, BLOCK, 2)
@@ -102,6 +103,7 @@ def test_decode_attends_to_what_the_core_keeps(
         copies = 2 if gqa == "unfold" else 1
         observed = torch.from_numpy(policy.observed(LENGTH, [plan]))
         assert len(observed) == 24 + 16
+        observed = torch.cat([observed, LENGTH + torch.arange(waits)])
         kept = choose_kept(
             ChoiceRule("received", 5, gqa, window=16),
             queries[observed].view(-1, 2, 2, 32).permute(1, 2, 0, 3),
@@ -110,11 +112,12 @@ def test_decode_attends_to_what_the_core_keeps(
             scale=32**-0.5,
             num_context=plan.tail_block * BLOCK,
             num_kept=plan.reduced_blocks * BLOCK // copies,
+            num_ahead=waits,
         )
         assert torch.equal(cache.layers[layer_idx].reduced.positions, kept.flatten(0, -2))
-        assert len(outputs) == 5
+        assert len(outputs) == 5 - waits
         expected = attend_reduced(
-            queries[LENGTH:],
+            queries[LENGTH + waits :],
             keys,
             values,
             kept,
@@ -269,3 +272,33 @@ def test_other_caches_are_left_alone(model: Any, folder: Path) -> None:
     stock = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = _ids(LENGTH)
     assert _generate(model, ids, 10) == _generate(stock, ids, 10)
+
+
+def test_what_is_read_ahead_is_taken_back(model: Any) -> None:
+    """The prompt as if it had been read alone, the answer's queries beside it, its end the last."""
+    ids = _ids(LENGTH)
+    answer = _generate(model, ids, 8)
+    plain, ahead = read(model, ids), read(model, ids, ahead=8)
+    for alone, each in zip(plain, ahead, strict=True):
+        assert alone.ahead is None
+        assert each.ahead.shape[2] == 8
+        assert torch.equal(each.keys, alone.keys)
+        assert torch.equal(each.queries, alone.queries)
+    assert answer[3] not in answer[:3]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.generation_config, "eos_token_id", [answer[3], 5])
+        assert {each.ahead.shape[2] for each in read(model, ids, ahead=8)} == {3}
+
+
+def test_what_the_answer_looks_at_is_kept(model: Any) -> None:
+    """Of the answer's every token, whatever each query head looked at most, in every layer."""
+    ids, waits = _ids(LENGTH), 4
+    method = make_method(
+        "reduce_after", block_size=BLOCK, window=16, min_prompt_len=0, pool_kernel=1,
+        reduce_after=waits,
+    )  # fmt: skip
+    layers = read(model, ids, ahead=method.reads_ahead)
+    for layer, left in zip(layers, method.reduce(layers, 0.5), strict=True):
+        logits = torch.einsum("kgad,ktd->kgat", layer.ahead, layer.keys[:, : left.num_context])
+        for head, most in enumerate(logits.argmax(-1)):
+            assert {*most.flatten().tolist()} <= {*left.positions[head].tolist()}

@@ -1,9 +1,9 @@
 """SpindleKV with ``reduce_after``: the answer's first tokens say what the prompt is needed for.
 
 Decoded over the whole prompt, they choose together with its window. A server goes on from there; an
-evaluation would then ask about the whole cache, so it takes them back and has every token of the
-answer from the reduced one, as in Lookahead Q-Cache (arXiv:2505.20334), whose first tokens come from
-a reduced cache, too.
+evaluation would then ask about the whole cache. So it takes them back and has every token of the
+answer from the reduced cache, as in Lookahead Q-Cache (arXiv:2505.20334), which decodes its
+lookahead from a reduced cache, too.
 """
 
 from typing import Any

@@ -27,6 +27,7 @@ LINEAR_STEP = 0.25  # of the context, while a head keeps more than half of it
 SHRINK = 0.7  # below that, of what it keeps
 FLOOR = 0.03  # of the context, which a head keeps in any case
 SPACING = 0.05  # of the mean shares that are written down
+FULL_TRUST_MEAN = 0.5  # from this mean share on heads keep what was measured
 LEAST_MEAN = 0.08  # where the way down ends
 
 Shares = list[list[float]]
@@ -181,8 +182,8 @@ def measure_profile(
         config: how tokens are chosen.
         questions: what to measure on.
         stop_ids: tokens that end an answer.
-        trust: how far to go from all heads alike to what was measured, [0, 1]: some dozen prompts
-            say too little to leave a head with next to nothing.
+        trust: how far to go from all heads alike to what was measured, [0, 1], where next to
+            nothing is kept; see ``_trust_at``.
         on_step: told the mean share and the loss, nats a token, of every step.
 
     Returns:
@@ -238,8 +239,18 @@ def _less(share: float) -> float:
     return max(share - LINEAR_STEP if share > 0.5 else share * SHRINK, FLOOR)
 
 
+def _trust_at(mean: float, least: float) -> float:
+    """How far to go from all heads alike to what was measured where they keep ``mean``.
+
+    Down to a half next to nothing is lost (``nats_by_mean_share``), so what was measured holds as
+    it is. Further down every step costs, and some dozen prompts say too little to leave a head with
+    next to nothing.
+    """
+    return least + (1 - least) * min(1.0, mean / FULL_TRUST_MEAN)
+
+
 def _thin(path: Sequence[Shares], trust: float) -> dict[float, Shares]:
-    """Points at round means, on the lines between the steps of the way down, ``trust`` of them."""
+    """Points at round means, on the lines between the steps of the way down, as far as trusted."""
     points: dict[float, Shares] = {}
     for above, below in zip(path, path[1:], strict=False):
         high, low = _mean(above), _mean(below)
@@ -247,9 +258,10 @@ def _thin(path: Sequence[Shares], trust: float) -> dict[float, Shares]:
             mean = round(point * SPACING, 4)
             if low < mean <= high:
                 part = (mean - low) / (high - low)
+                here = _trust_at(mean, trust)
                 points[mean] = [
                     [
-                        round(trust * (b + part * (a - b)) + (1 - trust) * mean, 4)
+                        round(here * (b + part * (a - b)) + (1 - here) * mean, 4)
                         for a, b in zip(up, down, strict=True)
                     ]
                     for up, down in zip(above, below, strict=True)

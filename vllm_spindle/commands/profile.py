@@ -51,7 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.8,
         metavar="T",
-        help="how far to go from all heads alike to what was measured, 0 to 1 (default 0.8)",
+        help="how far to go from all heads alike to what was measured, 0 to 1, where next to "
+        "nothing is kept; all the way from a half on (default 0.8)",
     )
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument(
@@ -142,7 +143,7 @@ def _measure(
         bar = progress.add_task("reading the prompts", total=1 - LEAST_MEAN)
 
         def on_step(mean: float, loss: float) -> None:
-            steps.setdefault(round(mean, 1), round(loss, 5))
+            steps.setdefault(round(mean, 1), round(loss, 5) + 0.0)  # no "-0.0"
             said = f"heads keep {mean:.0%}, lost {loss:.4f} nats"
             progress.update(bar, completed=1 - mean, description=said)
 

@@ -92,8 +92,8 @@ def rank_context(
         rule: scoring and GQA rule.
         queries: rotated queries of the observed tokens. [K, G, Q, D].
         keys: rotated keys of the whole prompt. [K, T, D].
-        positions: of the observed tokens, ascending, the window last (``core/observers.py``), behind
-            it only what is ahead. [Q], int64.
+        positions: of the observed tokens, ascending, the window last (``core/observers.py``), and
+            behind it only what is ahead. [Q], int64.
         scale: softmax scale.
         num_context: tokens that may be evicted lie below this position.
         num_kept: context tokens to keep; per query head with ``unfold``.

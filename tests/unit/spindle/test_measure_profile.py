@@ -121,8 +121,18 @@ def test_an_idle_head_gives_up_its_tokens(model: Any, questions: list[Question])
         assert min(shares, key=shares.__getitem__) == IDLE
     for point in make_profile(points):
         assert 0 <= mean_share(point) <= 1
-    alike = measure_profile(model, SpindleConfig(), questions[:1], trust=0.0)
-    assert all(share == mean for mean, shares in alike.items() for h in shares for share in h)
+
+
+def test_trust_falls_below_a_half(model: Any, questions: list[Question]) -> None:
+    """As measured down to a half, from there in proportion nearer to all heads alike."""
+    measured, wary = (
+        measure_profile(model, SpindleConfig(), questions[:1], trust=trust) for trust in (1.0, 0.0)
+    )
+    assert {0.75, 0.5, 0.25, 0.1} <= set(wary)
+    for mean, shares in wary.items():
+        here = min(1.0, 2 * mean)
+        for found, own in zip(sum(shares, []), sum(measured[mean], []), strict=True):
+            assert found == pytest.approx(here * own + (1 - here) * mean, abs=2e-4)
 
 
 def test_the_command_writes_what_serving_reads(

@@ -27,7 +27,7 @@ LINEAR_STEP = 0.25  # of the context, while a head keeps more than half of it
 SHRINK = 0.7  # below that, of what it keeps
 FLOOR = 0.03  # of the context, which a head keeps in any case
 SPACING = 0.05  # of the mean shares that are written down
-FULL_TRUST_MEAN = 0.5  # from this mean share on heads keep what was measured
+TRUSTED_BETWEEN = (0.25, 0.5)  # mean shares between which trust rises to all that was measured
 LEAST_MEAN = 0.08  # where the way down ends
 
 Shares = list[list[float]]
@@ -182,8 +182,8 @@ def measure_profile(
         config: how tokens are chosen.
         questions: what to measure on.
         stop_ids: tokens that end an answer.
-        trust: how far to go from all heads alike to what was measured, [0, 1], where next to
-            nothing is kept; see ``_trust_at``.
+        trust: how far to go from all heads alike to what was measured, [0, 1], where a quarter or
+            less is kept; see ``_trust_at``.
         on_step: told the mean share and the loss, nats a token, of every step.
 
     Returns:
@@ -246,7 +246,9 @@ def _trust_at(mean: float, least: float) -> float:
     it is. Further down every step costs, and some dozen prompts say too little to leave a head with
     next to nothing.
     """
-    return least + (1 - least) * min(1.0, mean / FULL_TRUST_MEAN)
+    low, high = TRUSTED_BETWEEN
+    part = (mean - low) / (high - low)
+    return least + (1 - least) * min(1.0, max(0.0, part))
 
 
 def _thin(path: Sequence[Shares], trust: float) -> dict[float, Shares]:

@@ -51,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.8,
         metavar="T",
-        help="how far to go from all heads alike to what was measured, 0 to 1, where next to "
-        "nothing is kept; all the way from a half on (default 0.8)",
+        help="how far to go from all heads alike to what was measured, 0 to 1, where a quarter or "
+        "less is kept; all the way from a half on (default 0.8)",
     )
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument(

@@ -75,8 +75,9 @@ def describe(vllm_config: VllmConfig, config: SpindleConfig) -> str:
     score = config.score
     if score in ("received", "pooled"):
         score += f" (pooled over {config.pool_kernel})"
+    waits = f", reduced after {config.reduce_after} output tokens" if config.reduce_after else ""
     return (
         f"keep_ratio={config.keep_ratio} budget={config.budget} gqa={config.gqa} "
         f"window={config.window} recent={config.recent} score={score}, layers in bands {bands}, "
-        f"prompts under {config.min_prompt_len} tokens kept whole"
+        f"prompts under {config.min_prompt_len} tokens kept whole{waits}"
     )

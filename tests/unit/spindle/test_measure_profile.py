@@ -124,13 +124,13 @@ def test_an_idle_head_gives_up_its_tokens(model: Any, questions: list[Question])
 
 
 def test_trust_falls_below_a_half(model: Any, questions: list[Question]) -> None:
-    """As measured down to a half, from there in proportion nearer to all heads alike."""
+    """As measured down to a half; from a quarter on all heads alike, if nothing is trusted."""
     measured, wary = (
         measure_profile(model, SpindleConfig(), questions[:1], trust=trust) for trust in (1.0, 0.0)
     )
     assert {0.75, 0.5, 0.25, 0.1} <= set(wary)
     for mean, shares in wary.items():
-        here = min(1.0, 2 * mean)
+        here = min(1.0, max(0.0, 4 * mean - 1))
         for found, own in zip(sum(shares, []), sum(measured[mean], []), strict=True):
             assert found == pytest.approx(here * own + (1 - here) * mean, abs=2e-4)
 

@@ -18,7 +18,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,8 @@ from vllm_covipal.core.ragged_attention import RaggedAttention
 HEAD_SIZE = 64
 MIN_LENGTH = 1e-12
 """Of a row, so that a row of zeros stays one."""
+
+SpreadName = Literal["even", "diverse"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +44,10 @@ class PruningModuleConfig:
         num_heads: heads of each block (H).
         ffn_ratio: width of a block's MLP over m.
         text_first: the first block's keys are the text rows alone.
-        spread_share: of the tokens to keep, how many are spread evenly over what is not scored
-            highest: a model may take the rest of the picture as a yardstick, for counting above
-            all, and where little is found what scores next resembles it. [0, 1).
+        spread_share: of the tokens to keep, how many are spread over what is not scored highest: a
+            model may take the rest of the picture as a yardstick, for counting above all, and
+            where little is found what scores next resembles it. [0, 1).
+        spread_by: how: evenly over the picture's order, or by what is unlike all that is kept.
         fingerprint: of the LVLM it was trained for, from ``fingerprint.fingerprint``; empty for
             an untrained module.
         trained_for: that LVLM's name, for people.
@@ -57,6 +60,7 @@ class PruningModuleConfig:
     ffn_ratio: float = 2.0
     text_first: bool = True
     spread_share: float = 0.0
+    spread_by: SpreadName = "even"
     fingerprint: str = ""
     trained_for: str = ""
 
@@ -75,6 +79,8 @@ class PruningModuleConfig:
             raise ValueError(f"ffn_ratio must be positive, got {self.ffn_ratio}")
         if not 0 <= self.spread_share < 1:
             raise ValueError(f"spread_share must be in [0, 1), got {self.spread_share}")
+        if self.spread_by not in get_args(SpreadName):
+            raise ValueError(f"spread_by must be even or diverse, got {self.spread_by!r}")
 
     @classmethod
     def for_hidden_size(cls, hidden_size: int, **changes: Any) -> "PruningModuleConfig":
@@ -95,8 +101,8 @@ class PruningModuleConfig:
         if not isinstance(values, dict):
             raise ValueError(f"expected a JSON object, got {type(values).__name__}")
         known = {field.name for field in fields(cls)}
-        # Modules made before there was a spread_share have none.
-        missing = sorted(known - set(values) - {"spread_share"})
+        # Modules made before there were these have none.
+        missing = sorted(known - set(values) - {"spread_share", "spread_by"})
         unknown = sorted(set(values) - known)
         if unknown or missing:
             raise ValueError(f"unknown keys {unknown}, missing keys {missing}")

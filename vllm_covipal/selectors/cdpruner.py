@@ -41,7 +41,7 @@ def relevance(unit: Tensor, text: Tensor) -> Tensor:
     return torch.where(width > 0, scaled, 1) + MIN_RELEVANCE
 
 
-def greedy_map(unit: Tensor, quality: Tensor, num_kept: int) -> Tensor:
+def greedy_map(unit: Tensor, quality: Tensor, num_kept: int, start: Tensor | None = None) -> Tensor:
     """Greedy argmax of the determinant of L over K rows, by incremental Cholesky.
 
     The gain of a row is q^2 r, r its squared distance to the span of the rows already picked.
@@ -52,10 +52,12 @@ def greedy_map(unit: Tensor, quality: Tensor, num_kept: int) -> Tensor:
         unit: rows of length one. [C, D], float32.
         quality: q. [C], float32.
         num_kept: K, 1 <= K <= C.
+        start: places that are picked already, fewer than K; None for none. int64.
 
     Returns:
-        Places in the order of choice. [K], int64.
+        Places in the order of choice, ``start`` first. [K], int64.
     """
+    num_given = 0 if start is None else len(start)
     cosines = Cosines(unit)
     weight = quality.square()
     residual = unit.new_ones(unit.shape[0])
@@ -63,7 +65,8 @@ def greedy_map(unit: Tensor, quality: Tensor, num_kept: int) -> Tensor:
     picks = torch.empty(num_kept, dtype=torch.int64, device=unit.device)
     factor = unit.new_empty(num_kept, unit.shape[0])
     for i in range(num_kept):
-        pick = gain.argmax(0, keepdim=True)  # the first of equals
+        # The first of equals.
+        pick = start[i : i + 1] if i < num_given else gain.argmax(0, keepdim=True)
         picks[i : i + 1] = pick
         if i + 1 == num_kept:
             break

@@ -11,15 +11,16 @@ from torch import Tensor
 
 from vllm_covipal.core.pruner import PruningModule
 from vllm_covipal.core.visual_item import VisualItem
-from vllm_covipal.selectors.base import Selector, top_places
+from vllm_covipal.selectors.base import Selector, top_places, unit_rows
+from vllm_covipal.selectors.cdpruner import greedy_map
 from vllm_covipal.selectors.grid import spread
 
 
 class PpmSelector(Selector):
     """Top-scored rows of a trained ``PruningModule`` (CoViPAL, arXiv:2508.17243).
 
-    Ours beside the paper's: a share of them, ``spread_share`` of its configuration, is taken
-    evenly from the others.
+    Ours beside the paper's: a share of them, ``spread_share`` of its configuration, is taken from
+    the others, evenly or for diversity.
     """
 
     name: ClassVar[str] = "ppm"
@@ -33,11 +34,17 @@ class PpmSelector(Selector):
         scores = self.pruning_module.score_items(
             [item.candidates() for item in items], [item.text for item in items]
         )
-        share = self.pruning_module.config.spread_share
-        return [
-            top_and_spread(of_item, item.num_kept, int(share * item.num_kept))
-            for of_item, item in zip(scores, items, strict=True)
-        ]
+        return [self._of_item(*each) for each in zip(items, scores, strict=True)]
+
+    def _of_item(self, item: VisualItem, scores: Tensor) -> Tensor:
+        config = self.pruning_module.config
+        num_spread = int(config.spread_share * item.num_kept)
+        if config.spread_by == "even" or not num_spread:
+            return top_and_spread(scores, item.num_kept, num_spread)
+        top = top_places(scores, item.num_kept - num_spread)
+        unit = unit_rows(item.candidates())
+        # What is farthest from the span of all that is kept so far, as CDPruner has it.
+        return greedy_map(unit, unit.new_ones(len(unit)), item.num_kept, start=top)
 
 
 def top_and_spread(scores: Tensor, num_kept: int, num_spread: int) -> Tensor:

@@ -46,8 +46,11 @@ class ModuleRecipe(Section):
     text_first: bool = Field(True, description="the first block's keys are the text alone")
     spread_share: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0,
-        description="of the tokens kept when it is used, how many are spread evenly over the rest; "
-        "no training depends on it",
+        description="of the tokens kept when it is used, how many are spread over the rest; no "
+        "training depends on it",
+    )
+    spread_by: Literal["even", "diverse"] = Field(
+        "even", description="evenly, or by what is unlike all that is kept (diverse)"
     )
 
     def sizes(self) -> dict[str, Any]:

@@ -105,6 +105,7 @@ def test_the_default_width_follows_the_model(hidden_size: int, width: int) -> No
         ({"num_blocks": 0}, "num_blocks must be at least 1, got 0"),
         ({"ffn_ratio": 0}, "ffn_ratio must be positive"),
         ({"spread_share": 1.0}, r"spread_share must be in \[0, 1\), got 1.0"),
+        ({"spread_by": "chance"}, "spread_by must be even or diverse, got 'chance'"),
     ],
 )
 def test_impossible_sizes_are_refused(changes: dict[str, int], message: str) -> None:
@@ -129,13 +130,13 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
 
 
 def test_a_module_without_a_spread_share_has_none(tmp_path: Path) -> None:
-    """Folders written before there was one are read; any other key that lacks is refused."""
+    """Folders written before there were its keys are read; any other that lacks is refused."""
     save_pruning_module(_module(spread_share=0.5), tmp_path)
     path = tmp_path / "config.json"
     values = json.loads(path.read_text())
-    assert values.pop("spread_share") == 0.5
+    assert (values.pop("spread_share"), values.pop("spread_by")) == (0.5, "even")
     path.write_text(json.dumps(values))
-    assert read_config(tmp_path).spread_share == 0
+    assert (read_config(tmp_path).spread_share, read_config(tmp_path).spread_by) == (0, "even")
     del values["fingerprint"]
     path.write_text(json.dumps(values))
     with pytest.raises(ValueError, match="missing keys \\['fingerprint'\\]"):

@@ -134,6 +134,28 @@ def test_ppm_spreads_a_share_over_the_others(share: float, num_spread: int) -> N
     assert build_selector("ppm", pruning_module=module).select([item])[0].tolist() == expected
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_ppm_spreads_a_share_by_diversity(share: float) -> None:
+    """The highest first; then, one by one, whatever is farthest from the span of all before."""
+    torch.manual_seed(0)
+    config = PruningModuleConfig(
+        hidden_size=24, width=16, num_heads=2, spread_share=share, spread_by="diverse"
+    )
+    module = PruningModule(config).eval()
+    item = VisualItem(torch.randn(20, 24), torch.randn(3, 24), None, (), 9)
+    scores = module.score_items([item.visual], [item.text])[0].tolist()
+    expected = sorted(range(20), key=lambda place: -scores[place])[: 9 - int(9 * share)]
+    unit = _unit(item.visual).double()
+    while len(expected) < 9:
+        basis, _ = torch.linalg.qr(unit[expected].T)
+        left = (unit - unit @ basis @ basis.T).norm(dim=-1)
+        left[expected] = -1
+        expected.append(int(left.argmax()))
+    assert build_selector("ppm", pruning_module=module).select([item])[0].tolist() == sorted(
+        expected
+    )
+
+
 def test_random_is_a_prefix_of_one_permutation() -> None:
     """More budget adds to a choice; another seed makes another one; global state is untouched."""
     visual = _rows(100, 4)

@@ -57,7 +57,7 @@ def greedy_map(unit: Tensor, quality: Tensor, num_kept: int, start: Tensor | Non
     Returns:
         Places in the order of choice, ``start`` first. [K], int64.
     """
-    num_given = 0 if start is None else len(start)
+    given = () if start is None else start.split(1)
     cosines = Cosines(unit)
     weight = quality.square()
     residual = unit.new_ones(unit.shape[0])
@@ -66,7 +66,7 @@ def greedy_map(unit: Tensor, quality: Tensor, num_kept: int, start: Tensor | Non
     factor = unit.new_empty(num_kept, unit.shape[0])
     for i in range(num_kept):
         # The first of equals.
-        pick = start[i : i + 1] if i < num_given else gain.argmax(0, keepdim=True)
+        pick = given[i] if i < len(given) else gain.argmax(0, keepdim=True)
         picks[i : i + 1] = pick
         if i + 1 == num_kept:
             break

@@ -57,7 +57,7 @@ def greedy_map(unit: Tensor, quality: Tensor, num_kept: int, start: Tensor | Non
     Returns:
         Places in the order of choice, ``start`` first. [K], int64.
     """
-    given = () if start is None else start.split(1)
+    given = [] if start is None else [start[i : i + 1] for i in range(len(start))]
     cosines = Cosines(unit)
     weight = quality.square()
     residual = unit.new_ones(unit.shape[0])

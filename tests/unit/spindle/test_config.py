@@ -42,6 +42,7 @@ def test_a_dict_sets_every_field() -> None:
         "observers": 64,
         "score": "paper",
         "last_query": False,
+        "reduce_after": 8,
         "pool_kernel": 7,
         "gqa": "mean",
         "budget": "pyramid",

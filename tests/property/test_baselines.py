@@ -10,7 +10,8 @@ from vllm_spindle.baselines import METHODS, make_method
 from vllm_spindle.baselines.base import PromptLayer, ReducedLayer
 
 # Rows as they are: what they weigh can be counted by hand.
-IN_BLOCKS = {"spindle", "reduce_after", "two_pass"}  # which may be no prompt of so few tokens
+# In whole blocks, and not at all where a prompt is short.
+IN_BLOCKS = {"spindle", "reduce_after", "two_pass"}
 EVICTING = sorted(set(METHODS) - {"full", "paper"} - IN_BLOCKS)
 
 

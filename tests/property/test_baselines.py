@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from vllm_spindle.baselines import METHODS, make_method
 from vllm_spindle.baselines.base import PromptLayer, ReducedLayer
 
-# Rows as they are: what they weigh can be counted by hand.
 # In whole blocks, and not at all where a prompt is short.
 IN_BLOCKS = {"spindle", "reduce_after", "two_pass"}
+# Rows as they are: what they weigh can be counted by hand.
 EVICTING = sorted(set(METHODS) - {"full", "paper"} - IN_BLOCKS)
 
 

@@ -1,5 +1,6 @@
 """Random-weight vision-language models with processors, for tests of equality and counts."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -278,3 +279,18 @@ def write(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path
         metadata={"format": "pt"},
     )
     return folder
+
+
+def write_samples(folder: Path, num_samples: int) -> Path:
+    """A file of samples in the LLaVA format, a picture of its own beside it for each."""
+    lines = []
+    for i in range(num_samples):
+        picture(40, 40, seed=i).save(folder / f"{i}.png")
+        turns = [
+            {"from": "human", "value": "<image>\nwhat is the color ?"},
+            {"from": "gpt", "value": "blue" if i % 2 else "red"},
+        ]
+        lines.append(json.dumps({"id": i, "image": f"{i}.png", "conversations": turns}))
+    path = folder / "samples.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path

@@ -56,8 +56,15 @@ def read(
         model: one that passed ``enable``.
         input_ids: the prompt. [1, P].
         twice: for methods that read twice, a second time behind itself.
-        ahead: for methods that read ahead, most greedy tokens of its answer. Not both.
+        ahead: for methods that read ahead, most greedy tokens of its answer.
+
+    Raises:
+        ValueError: if asked for both.
     """
+    if twice and ahead:
+        raise ValueError(
+            f"reduce_after={ahead}: what is read twice has been asked everything; use one of them"
+        )
     cache = QueryCache(model.config)
 
     def feed(token_ids: Tensor) -> Tensor:

@@ -115,8 +115,9 @@ class Offline:
 
 def stop_ids_of(model: Any, tokenizer: Any, is_exact: bool) -> set[int]:
     """Tokens that end an answer: end of text; for text also whatever holds a line break."""
-    stop = model.generation_config.eos_token_id
-    stop_ids = {*(stop if isinstance(stop, list) else [stop]), tokenizer.eos_token_id} - {None}
+    from vllm_spindle.hf import stop_ids as own_stop_ids
+
+    stop_ids = own_stop_ids(model) | ({tokenizer.eos_token_id} - {None})
     if not is_exact:
         every = range(len(tokenizer))
         stop_ids |= {

@@ -33,20 +33,11 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Of a run over eight pictures on a tiny model; no ``--out``."""
     folder = tmp_path_factory.mktemp("training")
     model = tiny_lvlm.write("llava", folder / "model")
-    lines = []
-    for i in range(8):
-        tiny_lvlm.picture(40, 40, seed=i).save(folder / f"{i}.png")
-        turns = [
-            {"from": "human", "value": "<image>\nwhat is the color ?"},
-            {"from": "gpt", "value": "blue" if i % 2 else "red"},
-        ]
-        lines.append(json.dumps({"id": i, "image": f"{i}.png", "conversations": turns}))
-    (folder / "samples.jsonl").write_text("\n".join(lines), encoding="utf-8")
     dials = {
         "config": RECIPE,
         "model": model,
         "data.kind": "jsonl",
-        "data.path": folder / "samples.jsonl",
+        "data.path": tiny_lvlm.write_samples(folder, 8),
         "data.images": folder,
         "checkpoint_steps": 4,
         "num_threads": 1,

@@ -215,18 +215,10 @@ def test_a_dial_is_overridden_by_its_dotted_name() -> None:
 def test_the_command_trains_from_a_file(tmp_path: Path, capsys: Any) -> None:
     """From a model's folder and samples in the LLaVA format to a module that serving loads."""
     model = tiny_lvlm.write("llava", tmp_path / "model")
-    lines = []
-    for i in range(3):
-        tiny_lvlm.picture(40, 40, seed=i).save(tmp_path / f"{i}.png")
-        turns = [
-            {"from": "human", "value": "<image>\nwhat is the color ?"},
-            {"from": "gpt", "value": "red"},
-        ]
-        lines.append(json.dumps({"id": i, "image": f"{i}.png", "conversations": turns}))
-    (tmp_path / "samples.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    samples = tiny_lvlm.write_samples(tmp_path, 3)
     out = tmp_path / "out"
     arguments = ["train", "--config", str(SHAPES), "--model", str(model), "--out", str(out)]
-    arguments += ["--data.kind", "jsonl", "--data.path", str(tmp_path / "samples.jsonl")]
+    arguments += ["--data.kind", "jsonl", "--data.path", str(samples)]
     arguments += ["--data.images", str(tmp_path), "--stage1.num_steps", "1"]
     arguments += ["--stage1.guide_layer", "1", "--stage2.num_steps", "1"]
     assert cli.main(arguments) == 0

@@ -302,3 +302,10 @@ def test_what_the_answer_looks_at_is_kept(model: Any) -> None:
         logits = torch.einsum("kgad,ktd->kgat", layer.ahead, layer.keys[:, : left.num_context])
         for head, most in enumerate(logits.argmax(-1)):
             assert {*most.flatten().tolist()} <= {*left.positions[head].tolist()}
+
+
+def test_reading_twice_and_ahead_is_refused(model: Any) -> None:
+    """Either says what the prompt is needed for; the message names the dial."""
+    method = make_method("two_pass", block_size=BLOCK, min_prompt_len=0, reduce_after=2)
+    with pytest.raises(ValueError, match="reduce_after=2.*use one of them"):
+        compress(model, _ids(LENGTH), method, 0.5)

@@ -8,6 +8,7 @@ something it started failed: its message, exit code 1.
 import argparse
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any, NoReturn
@@ -40,7 +41,13 @@ COMMANDS = (
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser that says what is wrong in one line, without the usage."""
+    """An argument parser that says what is wrong in one line, without the usage.
+
+    A flag has one name: what abbreviates it today is another flag's tomorrow.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2."""
@@ -50,7 +57,10 @@ class OneLineParser(argparse.ArgumentParser):
         """As argparse's, but an unknown flag ends in its command, whose help has the known ones."""
         known, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+            flag = next((word for word in unknown if word.startswith("--")), "").partition("=")[0]
+            near = get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.75)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return known, unknown
 
 

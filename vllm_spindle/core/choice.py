@@ -18,13 +18,14 @@ from vllm_spindle.core.eviction import GqaName, rank_tokens
 from vllm_spindle.core.modality import VisualCap, cap_visual, max_visual_tokens
 from vllm_spindle.core.scoring import (
     MIN_DISTANCE,
+    Attention,
+    CachedKeys,
     ScoreName,
+    TorchAttention,
     in_turns,
     paper_importance,
     pooled_importance,
     random_importance,
-    received_attention,
-    window_attention,
 )
 
 
@@ -47,7 +48,7 @@ class ChoiceRule:
 def choose_kept(
     rule: ChoiceRule,
     queries: Tensor,
-    keys: Tensor,
+    keys: Tensor | CachedKeys,
     positions: Tensor,
     *,
     scale: float,
@@ -76,7 +77,7 @@ def choose_kept(
 def rank_context(
     rule: ChoiceRule,
     queries: Tensor,
-    keys: Tensor,
+    keys: Tensor | CachedKeys,
     positions: Tensor,
     *,
     scale: float,
@@ -91,9 +92,9 @@ def rank_context(
     Args:
         rule: scoring and GQA rule.
         queries: rotated queries of the observed tokens. [K, G, Q, D].
-        keys: rotated keys of the whole prompt. [K, T, D].
+        keys: rotated keys of the whole prompt, [K, T, D]; or what attends to them in the cache.
         positions: of the observed tokens, ascending, the window last (``core/observers.py``), and
-            behind it only what is ahead. [Q], int64.
+            behind it only what is ahead; on the CPU for a tensor of keys. [Q], int64.
         scale: softmax scale.
         num_context: tokens that may be evicted lie below this position.
         num_kept: context tokens to keep; per query head with ``unfold``.
@@ -123,7 +124,7 @@ def keep_by_head(ranked: Tensor, counts: Sequence[int]) -> list[Tensor]:
 def _importance(
     rule: ChoiceRule,
     queries: Tensor,
-    keys: Tensor,
+    keys: Tensor | CachedKeys,
     positions: Tensor,
     scale: float,
     num_context: int,
@@ -140,27 +141,22 @@ def _importance(
     def pooled(attention: Tensor) -> Tensor:
         return pooled_importance(attention, num_context, pool_kernel=rule.pool_kernel)
 
-    attention = window_attention(queries[:, :, :num_asking][:, :, -rule.window :], keys, scale)
+    if isinstance(keys, Tensor):
+        attention: Attention = TorchAttention(queries, keys, positions, scale)
+    else:
+        attention = keys.attend(queries, positions, scale)
+    summed = attention.window(max(0, num_asking - rule.window), num_asking)
     if rule.score == "paper":
-        return paper_importance(attention, num_context)
-    asked = pooled(attention)
+        return paper_importance(summed, num_context)
+    asked = pooled(summed)
     first = num_asking - (1 if rule.last_query and rule.score == "received" else 0)
-    if first < queries.shape[2]:
+    num_queries = queries.shape[2]
+    if first < num_queries:
         # A sum over the window drowns what the queries that answer look at next.
-        answering = received_attention(
-            queries[:, :, first:], keys, scale, positions=positions[first:], reduction="max"
-        )
-        asked = in_turns(pooled(answering), asked)
+        asked = in_turns(pooled(attention.most(first, num_queries)), asked)
     if rule.score == "pooled":
         return asked
-    received = received_attention(
-        queries[:, :, :num_asking],
-        keys,
-        scale,
-        positions=positions[:num_asking],
-        min_distance=MIN_DISTANCE,
-        reduction="max",
-    )
+    received = attention.most(0, num_asking, min_distance=MIN_DISTANCE)
     return in_turns(asked, pooled(received))
 
 

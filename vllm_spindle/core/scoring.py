@@ -8,7 +8,8 @@ without it the later tokens of a multi-token answer, which nothing attends to ye
 """
 
 import math
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,8 @@ from vllm_spindle.core.ordering import best_first
 
 ScoreName = Literal["received", "pooled", "paper", "random"]
 
-# Elements of the attention matrix that are there at a time: what a CPU's cache holds, or enough
-# to keep a GPU busy.
+# Elements of the attention matrix that are there at a time, in torch: what a CPU's cache holds, or
+# enough to keep a GPU busy.
 MOST_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 26}
 MIN_DISTANCE = 16  # tokens; what a token's own sentence looks at says little about later use
 
@@ -154,6 +155,55 @@ def received_attention(
         else:
             torch.maximum(seen, attention.amax(dim=2), out=seen)
     return received
+
+
+class Attention(Protocol):
+    """What a prompt's tokens receive from its observed queries ``[first, stop)``."""
+
+    def window(self, first: int, stop: int) -> Tensor:
+        """Sums over queries that are the last tokens up to theirs. [K, G, T], float32."""
+
+    def most(self, first: int, stop: int, *, min_distance: int = 0) -> Tensor:
+        """Maxima over queries, from that distance on. [K, G, T], float32."""
+
+
+class CachedKeys(Protocol):
+    """Keys that are attended where they lie, by a kernel."""
+
+    def attend(self, queries: Tensor, positions: Tensor, scale: float) -> Attention:
+        """As ``TorchAttention``, with its arguments on the keys' device."""
+
+
+@dataclass(frozen=True, slots=True)
+class TorchAttention:
+    """``Attention`` in torch: what a CPU runs, and the slow twin of kernels.
+
+    Attributes:
+        queries: rotated queries of the observed tokens. [K, G, Q, D].
+        keys: rotated keys of the prompt. [K, T, D].
+        positions: of the queries, ascending, on the CPU. [Q], int64.
+        scale: softmax scale.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    positions: Tensor
+    scale: float
+
+    def window(self, first: int, stop: int) -> Tensor:
+        """The last tokens of the prompt: ``window_attention``."""
+        return window_attention(self.queries[:, :, first:stop], self.keys, self.scale)
+
+    def most(self, first: int, stop: int, *, min_distance: int = 0) -> Tensor:
+        """``received_attention``, its maximum."""
+        return received_attention(
+            self.queries[:, :, first:stop],
+            self.keys,
+            self.scale,
+            positions=self.positions[first:stop],
+            min_distance=min_distance,
+            reduction="max",
+        )
 
 
 def in_turns(first: Tensor, second: Tensor) -> Tensor:

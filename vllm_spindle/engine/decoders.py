@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from vllm_spindle.engine.cache_layout import CacheLayout
-from vllm_spindle.engine.regions import ReducedLayer
+from vllm_spindle.engine.prompt_tokens import ReducedLayer
 from vllm_spindle.kernels.decode_rows import DeviceRows
+
+CPU_BACKEND = "CPU_ATTN"  # vLLM's name for it
 
 
 class Decoder(Protocol):
@@ -26,7 +28,7 @@ def make_decoder(layer: ReducedLayer, backend: str, layout: CacheLayout) -> Deco
         layout: as it was found to pack it.
     """
     assert layer.cos_sin is not None
-    if backend != "CPU_ATTN":
+    if backend != CPU_BACKEND:
         from vllm_spindle.kernels.device_decode import DeviceRegionDecoder
 
         return DeviceRegionDecoder(layer.cos_sin, layer.scale)

@@ -24,13 +24,20 @@ from vllm_spindle.core.choice import ChoiceRule
 from vllm_spindle.core.modality import VisualCap
 from vllm_spindle.engine.cache_layout import CacheLayout, probe_layout
 from vllm_spindle.engine.head_table import pages
+from vllm_spindle.engine.prompt_tokens import (
+    PagedTokens,
+    PromptTokens,
+    ReducedLayer,
+    TensorTokens,
+    read_in_place,
+)
 from vllm_spindle.engine.regions import (
     CodebookRegion,
     CodebookStats,
     DenseRegion,
     HeadRegion,
     LayerPrompt,
-    ReducedLayer,
+    Region,
     make_region,
 )
 from vllm_spindle.engine.step import (
@@ -42,6 +49,7 @@ from vllm_spindle.engine.step import (
     Step,
     WindowRows,
 )
+from vllm_spindle.engine.transfer import to_device
 from vllm_spindle.engine.window import WindowStash
 from vllm_spindle.policy import SERVERS, SpindlePolicy
 
@@ -76,12 +84,23 @@ class Reducer:
         bands: list[list[ReducedLayer]],
         stash: WindowStash,
         first_kv_head: int = 0,
+        *,
+        in_place: bool = False,
     ) -> None:
-        """For one rank, whose kv heads are all those of its caches, from ``first_kv_head`` on."""
+        """For one rank, whose kv heads are all those of its caches, from ``first_kv_head`` on.
+
+        Args:
+            policy: the plan.
+            bands: their layers.
+            stash: the observed queries.
+            first_kv_head: of the model's.
+            in_place: whether Triton kernels score and move tokens where they lie in the cache.
+        """
         config = policy.config
         self.policy = policy
         self.bands = bands
         self.stash = stash
+        self._in_place = in_place
         self.num_copies = policy.num_queries_per_kv if config.gqa == "unfold" else 1
         head_size = bands[0][0].kv_cache.shape[-1] // 2
         num_kv_heads = bands[0][0].kv_cache.shape[1]
@@ -102,37 +121,54 @@ class Reducer:
         if self._layout is None:
             layer = self.bands[0][0]
             self._layout = probe_layout(layer.kv_cache, layer.write)
+            if self._in_place and not read_in_place(self._layout, layer.kv_cache):
+                raise RuntimeError(
+                    "spindle: this vLLM does not keep a token's key and value side by side in "
+                    f"the cache, as our kernels read it: {tuple(layer.kv_cache.shape)}"
+                )
         return self._layout
 
     def warm_up(self) -> None:
-        """Probe the cache and compile what codebooks need, at start-up instead of in a request.
+        """Probe the cache and compile what prompts need, at start-up instead of in a request.
 
-        A sham prompt goes through the real code, in blocks that no request holds yet.
+        A sham prompt goes through the real code, in blocks that no request holds yet: through one
+        region of each kind that has something to compile.
         """
         _ = self.layout
+        warm: set[type] = set()
         for band, region in enumerate(self.regions):
-            if isinstance(region, CodebookRegion):
+            compiles = isinstance(region, CodebookRegion) or (
+                self._in_place and isinstance(region, DenseRegion)
+            )
+            if compiles and type(region) not in warm:
                 self._warm_up_region(region, self.bands[band][0])
-                return
+                warm.add(type(region))
 
-    def _warm_up_region(self, region: CodebookRegion, layer: ReducedLayer) -> None:
-        num_kv_heads = layer.kv_cache.shape[1]
-        block_size = self.policy.block_size
+    def _warm_up_region(self, region: Region, layer: ReducedLayer) -> None:
+        _, num_kv_heads, block_size, width = layer.kv_cache.shape
+        device = layer.kv_cache.device
         plan = BandPlan(first_block=1, tail_block=3, prompt_blocks=3)
-        tokens = torch.randn(num_kv_heads, 3 * block_size, region.head_size)
-        tokens = tokens.to(layer.kv_cache)
+        blocks = torch.tensor([1, 2], device=device)
+        num_tokens, group = 3 * block_size, self.policy.num_queries_per_kv
+        tokens = torch.randn(num_kv_heads, num_tokens, width // 2).to(layer.kv_cache)
+        prompt_tokens: PromptTokens = TensorTokens(layer, tokens, tokens, num_tokens)
+        if self._in_place:
+            prompt_tokens.keep(
+                torch.arange(2 * block_size, device=device).repeat(num_kv_heads, 1), blocks
+            )
+            # The first block once more: there may be no third one.
+            prompt_tokens = self._tokens(layer, blocks[[0, 1, 0]], num_tokens)
+        positions = torch.arange(2 * block_size, num_tokens, device=device)
+        queries = torch.randn(num_kv_heads, group, block_size, width // 2)
         prompt = LayerPrompt(
-            queries=torch.randn(
-                num_kv_heads, self.policy.num_queries_per_kv, block_size, region.head_size
-            ).to(layer.kv_cache.device),
-            positions=torch.arange(2 * block_size, 3 * block_size),
-            keys=tokens,
-            values=tokens,
-            prompt_len=3 * block_size,
+            queries=queries.to(layer.kv_cache if self._in_place else device),
+            positions=positions if self._in_place else positions.cpu(),
+            tokens=prompt_tokens,
             rule=self._rule(0, 0),
         )
-        region.fill(layer, prompt, plan, torch.tensor([1, 2], device=layer.kv_cache.device))
-        region.stats = CodebookStats()
+        region.fill(layer, prompt, plan, blocks)
+        if isinstance(region, CodebookRegion):
+            region.stats = CodebookStats()
 
     def take_stats(self) -> dict[str, Any] | None:
         """The numbers since the last call, which start again from zero; None if there are none."""
@@ -296,9 +332,15 @@ class Reducer:
             blocks = row_blocks[plan.first_block : plan.tail_block]
             kept = 0.0
             visual = self._visual_cap(end.request_id, band)
+            positions = torch.from_numpy(self.policy.recorded(end.prompt_len, end.plans))
+            num_ahead = int((positions >= end.prompt_len).sum())
+            if self._in_place:
+                positions = to_device(positions, row_blocks.device)
             for layer_idx in mine:
                 layer = self.bands[band][layer_idx - layers.start]
-                prompt = self._read_prompt(layer, end, row_blocks[: plan.prompt_blocks], visual)
+                prompt = self._read_prompt(
+                    layer, end, row_blocks[: plan.prompt_blocks], positions, num_ahead, visual
+                )
                 kept += region.fill(layer, prompt, plan, blocks)
             num_context = plan.context_blocks * self.policy.block_size
             evicted = num_context * len(mine) - kept
@@ -315,22 +357,32 @@ class Reducer:
         return None if mask is None or share == 1 else VisualCap(mask, share)
 
     def _read_prompt(
-        self, layer: ReducedLayer, end: PromptEnd, blocks: Tensor, visual: VisualCap | None
+        self,
+        layer: ReducedLayer,
+        end: PromptEnd,
+        blocks: Tensor,
+        positions: Tensor,
+        num_ahead: int,
+        visual: VisualCap | None,
     ) -> LayerPrompt:
-        keys, values = self.layout.read(layer.kv_cache, blocks)
-        num_kv_heads, _, head_size = keys.shape
+        num_kv_heads = layer.kv_cache.shape[1]
         queries = self.stash.read(layer.layer_idx, end.request_id)
-        positions = self.policy.recorded(end.prompt_len, end.plans)
         return LayerPrompt(
             # [Q, K * G, D] -> [K, G, Q, D]
-            queries=queries.view(len(queries), num_kv_heads, -1, head_size).permute(1, 2, 0, 3),
-            positions=torch.from_numpy(positions),
-            keys=keys,
-            values=values,
-            prompt_len=end.prompt_len,
+            queries=queries.view(len(queries), num_kv_heads, -1, queries.shape[-1]).permute(
+                1, 2, 0, 3
+            ),
+            positions=positions,
+            tokens=self._tokens(layer, blocks, end.prompt_len),
             rule=self._rule(layer.layer_idx, end.prompt_len),
+            num_ahead=num_ahead,
             visual=visual,
         )
+
+    def _tokens(self, layer: ReducedLayer, blocks: Tensor, prompt_len: int) -> PromptTokens:
+        if self._in_place:
+            return PagedTokens(layer, self.layout, blocks, prompt_len)
+        return TensorTokens(layer, *self.layout.read(layer.kv_cache, blocks), prompt_len)
 
     def _rule(self, layer_idx: int, prompt_len: int) -> ChoiceRule:
         config = self.policy.config

@@ -4,7 +4,6 @@ Shapes: K kv heads, G query heads per kv head, Q observed queries, T prompt toke
 tokens, N tokens kept, D head size.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,33 +13,14 @@ from torch import Tensor
 from vllm_spindle.core.admission import Admitted
 from vllm_spindle.core.budget import BandPlan
 from vllm_spindle.core.choice import ChoiceRule, choose_kept, keep_by_head, rank_context
-from vllm_spindle.core.eviction import gather_kept
 from vllm_spindle.core.modality import VisualCap
 from vllm_spindle.core.rotary import unrotate_keys
+from vllm_spindle.core.scoring import CachedKeys
 from vllm_spindle.engine.codebook_shape import codebook_shape
-from vllm_spindle.engine.head_table import pages
+from vllm_spindle.engine.prompt_tokens import PromptTokens, ReducedLayer
 from vllm_spindle.kernels.region import pack_region
 from vllm_spindle.kernels.region_shape import RegionShape
 from vllm_spindle.policy import SpindlePolicy
-
-
-@dataclass(frozen=True)
-class ReducedLayer:
-    """One attention layer of a band, as the reduction needs it.
-
-    Attributes:
-        layer_idx: depth in the model.
-        kv_cache: the layer's cache. [B, K, N, 2 * D].
-        scale: softmax scale.
-        write: vLLM's own cache write for this layer.
-        cos_sin: the model's rotary table, [P, D]; None where no codebook needs it.
-    """
-
-    layer_idx: int
-    kv_cache: Tensor
-    scale: float
-    write: Callable[[Tensor, Tensor, Tensor, Tensor], None]
-    cos_sin: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -50,20 +30,18 @@ class LayerPrompt:
     Attributes:
         queries: rotated queries of the observed tokens, and of those of the answer that were waited
             for. [K, G, Q, D].
-        positions: of those, on the CPU. [Q], int64.
-        keys: rotated keys of T tokens and the rest of their last block. [K, T.., D].
-        values: [K, T.., D].
-        prompt_len: T.
+        positions: of those, on the CPU, or where kernels score on their device. [Q], int64.
+        tokens: the prompt's keys and values.
         rule: how the layer chooses.
+        num_ahead: last of the queries, which are the answer's.
         visual: which tokens are visual and how many may stay; None for no difference.
     """
 
     queries: Tensor
     positions: Tensor
-    keys: Tensor
-    values: Tensor
-    prompt_len: int
+    tokens: PromptTokens
     rule: ChoiceRule
+    num_ahead: int = 0
     visual: VisualCap | None = None
 
     def choose(self, scale: float, context: range, num_kept: int) -> Tensor:
@@ -74,8 +52,8 @@ class LayerPrompt:
         """Positions of the context, the most important first."""
         return rank_context(*self._scored(), **self._counts(scale, context, num_kept))
 
-    def _scored(self) -> tuple[ChoiceRule, Tensor, Tensor, Tensor]:
-        return self.rule, self.queries, self.keys[:, : self.prompt_len], self.positions
+    def _scored(self) -> tuple[ChoiceRule, Tensor, Tensor | CachedKeys, Tensor]:
+        return self.rule, self.queries, self.tokens.keys, self.positions
 
     def _counts(self, scale: float, context: range, num_kept: int) -> dict[str, Any]:
         return {
@@ -83,7 +61,7 @@ class LayerPrompt:
             "num_context": context.stop,
             "num_kept": num_kept,
             "num_protected": context.start,
-            "num_ahead": int((self.positions >= self.prompt_len).sum()),
+            "num_ahead": self.num_ahead,
             "visual": self.visual,
         }
 
@@ -137,17 +115,7 @@ class DenseRegion:
     ) -> float:
         num_kept = plan.reduced_blocks * self._block_size // self._num_copies
         kept = prompt.choose(layer.scale, context_tokens(plan, self._block_size), num_kept)
-        places = torch.arange(self._block_size, device=region.device)
-        slots = (region.unsqueeze(1) * self._block_size + places).flatten()
-        copies = kept.unbind(1) if kept.dim() == 3 else (kept,)
-        for copy, copy_slots in zip(copies, slots.chunk(len(copies)), strict=True):
-            if len(copy_slots):
-                layer.write(
-                    gather_kept(prompt.keys, copy).transpose(0, 1).contiguous(),
-                    gather_kept(prompt.values, copy).transpose(0, 1).contiguous(),
-                    layer.kv_cache,
-                    copy_slots,
-                )
+        prompt.tokens.keep(kept, region)
         return num_kept
 
 
@@ -166,21 +134,8 @@ class HeadRegion:
         counts = [count * block_size for count in blocks]
         context = context_tokens(plan, block_size)
         kept = keep_by_head(prompt.rank(layer.scale, context, max(counts)), counts)
-        cache, apart = pages(layer.kv_cache)
-        own = region.unsqueeze(1) * apart + torch.arange(num_heads, device=region.device)
-        places = torch.arange(block_size, device=region.device)
-        slots = (own.flatten().unsqueeze(1) * block_size + places).flatten()
-        if len(slots):
-            layer.write(_rows(prompt.keys, kept), _rows(prompt.values, kept), cache, slots)
+        prompt.tokens.keep_by_head(kept, region)
         return sum(map(len, kept)) / num_heads
-
-
-def _rows(tokens: Tensor, kept: list[Tensor]) -> Tensor:
-    """Kept rows of each kv head, one after the other, as pages hold them. [N, 1, D].
-
-    tokens: [K, T, D].
-    """
-    return torch.cat([tokens[head, each] for head, each in enumerate(kept)]).unsqueeze(1)
 
 
 @dataclass
@@ -209,12 +164,13 @@ class CodebookRegion:
         # Not before vLLM has started: its kernel registration trips over numba's modules.
         from vllm_spindle.kernels.cover import admit_layer
 
-        places = torch.arange(context.stop, device=prompt.keys.device)
-        keys = unrotate_keys(prompt.keys[:, : context.stop], places, layer.cos_sin)
+        keys, values = prompt.tokens.read()
+        places = torch.arange(context.stop, device=keys.device)
+        keys = unrotate_keys(keys[:, : context.stop], places, layer.cos_sin)
         # On the CPU, wherever the cache is: which token finds an entry depends on those before it.
         heads = admit_layer(
             keys.cpu(),
-            prompt.values[:, : context.stop].cpu(),
+            values[:, : context.stop].cpu(),
             prompt.rank(layer.scale, context, len(context)).cpu(),
             (self.policy.config.theta_key, self.policy.config.theta_value),
             (shape.num_key_entries, shape.num_value_entries, shape.num_tokens),

@@ -13,11 +13,11 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils import length_from_prompt_token_ids_or_embeds
 
 from vllm_spindle.engine.active import activate
-from vllm_spindle.engine.decoders import Decoder, make_decoder, warm_up
+from vllm_spindle.engine.decoders import CPU_BACKEND, Decoder, make_decoder, warm_up
 from vllm_spindle.engine.graphs import most_captured_tokens
 from vllm_spindle.engine.options import first_kv_head, request_options
+from vllm_spindle.engine.prompt_tokens import ReducedLayer
 from vllm_spindle.engine.reduction import Reducer
-from vllm_spindle.engine.regions import ReducedLayer
 from vllm_spindle.engine.rotary_table import rotary_table
 from vllm_spindle.engine.runners import RunnerView, view_of
 from vllm_spindle.engine.spec import SpindleSpec
@@ -218,7 +218,9 @@ def _make_reducer(runner: Any, view: RunnerView) -> Reducer:
         staged_tokens=most_captured_tokens(runner.compilation_config),
     )
     first = first_kv_head(runner.vllm_config, get_tensor_model_parallel_rank())
-    return Reducer(spec.policy, bands, stash, first)
+    # The CPU's kernels pack blocks their own way, and torch is as fast there.
+    in_place = attention.attn_backend.get_name() != CPU_BACKEND
+    return Reducer(spec.policy, bands, stash, first, in_place=in_place)
 
 
 def _reduced_layer(layer: Any, cos_sin: Tensor | None) -> ReducedLayer:

@@ -284,41 +284,74 @@ def on_device() -> dict[str, Any]:
     return found | _reduced(there)
 
 
+class Launches:
+    """In place of a kernel: keeps what it is launched with."""
+
+    def __init__(self) -> None:
+        self.devices: list[list[str]] = []
+
+    def __getitem__(self, grid: Any) -> Any:
+        assert all(isinstance(size, int) and size > 0 for size in grid)
+        return self
+
+    def __call__(self, *args: Any, **constants: Any) -> None:
+        import torch
+
+        tensors = [each for each in args if isinstance(each, torch.Tensor)]
+        assert len(tensors) + sum(isinstance(each, (int, float)) for each in args) == len(args)
+        self.devices.append([each.device.type for each in tensors])
+
+
 def _reduced(there: dict[str, Any]) -> dict[str, Any]:
-    """A layer's reduction by eviction: what the cache write is given."""
+    """A layer's reduction by eviction: what our kernels are launched with, and how often."""
+    from contextlib import ExitStack
+    from unittest.mock import patch
+
     import torch
 
     from vllm_spindle.config import SpindleConfig
-    from vllm_spindle.core import scoring
     from vllm_spindle.core.budget import BandPlan
     from vllm_spindle.core.choice import ChoiceRule
     from vllm_spindle.core.modality import VisualCap
     from vllm_spindle.engine.cache_layout import CacheLayout
-    from vllm_spindle.engine.regions import DenseRegion, LayerPrompt, ReducedLayer
+    from vllm_spindle.engine.prompt_tokens import PagedTokens, ReducedLayer
+    from vllm_spindle.engine.regions import DenseRegion, LayerPrompt
+    from vllm_spindle.kernels import device_compaction, device_scoring
     from vllm_spindle.policy import SpindlePolicy
 
-    layout = CacheLayout.of(*torch.arange(2 * 16 * 8).view(16, 2, 8).unbind(1))
-    cache = torch.zeros(9, 2, 16, 16, dtype=torch.bfloat16, **there)
-    keys, values = layout.read(cache, torch.zeros(5, dtype=torch.int64, **there))
-    scoring.MOST_AT_ONCE["meta"] = scoring.MOST_AT_ONCE["cuda"]
+    layout = CacheLayout.of(*torch.arange(2 * 16 * 16).view(16, 2, 16).unbind(1))
+    cache = torch.zeros(9, 2, 16, 32, dtype=torch.bfloat16, **there)
     visual = VisualCap(torch.arange(75) % 3 == 0, 0.5)
     written: list[Any] = []
     layer = ReducedLayer(0, cache, 0.3, lambda *tensors: written.extend(tensors))
-    for gqa in ("union", "mean"):
-        config = SpindleConfig(keep_ratio=0.5, window=8, gqa=gqa)
-        prompt = LayerPrompt(
-            queries=torch.zeros(2, 3, 12, 8, **there),
-            keys=keys,
-            values=values,
-            positions=torch.cat([torch.arange(40, 44), torch.arange(67, 75)]),
-            prompt_len=75,
-            rule=ChoiceRule(config.score, config.pool_kernel, gqa, window=8),
-            visual=visual,
+    launches = {
+        (device_scoring, "log_sum_exps"): Launches(),
+        (device_scoring, "merge_log_sum_exps"): Launches(),
+        (device_scoring, "receive"): Launches(),
+        (device_compaction, "gather_pages"): Launches(),
+        (device_compaction, "write_pages"): Launches(),
+    }
+    with ExitStack() as stack:
+        for (module, name), stub in launches.items():
+            stack.enter_context(patch.object(module, name, stub))
+        stack.enter_context(
+            patch.object(device_scoring.DeviceAttention, "_choose_splits", lambda *_: 2)
         )
-        plan = BandPlan(first_block=2, tail_block=4, prompt_blocks=5)
-        region = torch.zeros(2, dtype=torch.int64, **there)
-        DenseRegion(SpindlePolicy(config, 6, 16, 3)).fill(layer, prompt, plan, region)
-    return {"written": [[each.device.type, list(each.shape)] for each in written]}
+        for gqa in ("union", "mean"):
+            config = SpindleConfig(keep_ratio=0.5, window=8, gqa=gqa)
+            prompt = LayerPrompt(
+                queries=torch.zeros(2, 3, 14, 16, dtype=torch.bfloat16, **there),
+                tokens=PagedTokens(layer, layout, torch.zeros(5, dtype=torch.int64, **there), 75),
+                positions=torch.cat([torch.arange(40, 44), torch.arange(67, 77)]).to(**there),
+                rule=ChoiceRule(config.score, config.pool_kernel, gqa, window=8),
+                num_ahead=2,
+                visual=visual,
+            )
+            plan = BandPlan(first_block=2, tail_block=4, prompt_blocks=5)
+            region = torch.zeros(2, dtype=torch.int64, **there)
+            DenseRegion(SpindlePolicy(config, 6, 16, 3)).fill(layer, prompt, plan, region)
+    assert not written
+    return {"launched": {name: stub.devices for (_, name), stub in launches.items()}}
 
 
 def test_a_step_stays_on_the_device() -> None:
@@ -329,5 +362,7 @@ def test_a_step_stays_on_the_device() -> None:
     assert found["shapes"] == [[3, 8], [3]]
     assert found["regions"] == ["meta"] * 5
     assert found["stash 4"] == found["stash 40"] == ["meta", [2, 4, 8]]
-    kept = [["meta", [32, 2, 8]], ["meta", [32, 2, 8]], ["meta", [9, 2, 16, 16]], ["meta", [32]]]
-    assert found["written"] == kept * 2
+    tensors = {"log_sum_exps": 5, "merge_log_sum_exps": 2, "gather_pages": 5, "write_pages": 3}
+    for name, count in tensors.items():
+        assert found["launched"][name] == [["meta"] * count] * 2
+    assert found["launched"]["receive"] == [["meta"] * 7] * 6

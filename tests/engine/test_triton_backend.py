@@ -1,7 +1,7 @@
-"""vLLM's Triton attention on shifted tables and ours over codebooks, interpreted, on runner V2.
+"""vLLM's Triton attention on shifted tables, and our kernels, interpreted, on runner V2.
 
-What CUDA will run, but for FlashAttention, with kernels that Triton's interpreter executes; eagerly
-and with FULL CUDA graphs emulated.
+What CUDA will run, but for FlashAttention, with kernels that Triton's interpreter executes: ours
+score prompts, move kept tokens and read codebooks; eagerly and with FULL CUDA graphs emulated.
 """
 
 from contextlib import ExitStack
@@ -15,12 +15,14 @@ from engine_probe.interpreted import ENVIRONMENT
 pytestmark = pytest.mark.engine
 
 EVICT = {"keep_ratio": 0.4, "min_prompt_len": 32, "window": 16}
+WAITS = {**EVICT, "keep_ratio": 0.5, "reduce_after": 3, "gqa": "mean", "score": "pooled"}
 BOTH = {**EVICT, "keep_ratio": 0.6, "method": "both", "protected_prefix_tokens": 32}
 SMALL = {"max_model_len": 256, "max_num_seqs": 4}
 # name: (spindle, vLLM, Triton attention, FULL graphs, splits of the codebook kernel)
 MODES: dict[str, tuple[dict[str, Any], dict[str, Any], bool, bool, int]] = {
     "cpu": (EVICT, {"dtype": "float32"}, False, False, 1),
     "evict": (EVICT, {"dtype": "float32"}, True, False, 1),
+    "waits": (WAITS, {"dtype": "float32"}, True, False, 1),
     "codebooks": (BOTH, {"dtype": "float16"}, True, False, 1),
     "in graphs": (BOTH, {"dtype": "float16"}, True, True, 3),
 }
@@ -40,7 +42,12 @@ def served(model: str) -> dict[str, Any]:
     from engine_probe.engines import Ask, engine
     from engine_probe.graphs import full_graphs
     from engine_probe.twin import capture, compare
-    from vllm_spindle.kernels import device_decode
+    from vllm_spindle.core import choice
+    from vllm_spindle.kernels import device_compaction, device_decode, device_scoring
+
+    def counted(module: Any, name: str) -> Any:
+        """Calls go through, and are counted."""
+        return stack.enter_context(patch.object(module, name, wraps=getattr(module, name)))
 
     prompts = [each["prompt_token_ids"] for each in tiny.prompts(3, PROMPT_LENS, seed=2)]
     asks = [Ask(prompt, max_tokens=5) for prompt in prompts]
@@ -56,13 +63,18 @@ def served(model: str) -> dict[str, Any]:
             running = stack.enter_context(engine(model, spindle, **SMALL, **options))
             running.chunk(96)
             seen = None if with_graphs else stack.enter_context(capture())
+            by_torch = counted(choice, "TorchAttention")
+            by_kernel = counted(device_scoring, "DeviceAttention")
+            moved = counted(device_compaction, "compact")
             tokens = running.run(asks)
+            calls = [each.call_count for each in (by_torch, by_kernel, moved)]
             reduction = running.core.model_executor.driver_worker.worker._reduction
             found[name] = {
                 "tokens": tokens,
                 "backend": reduction._backend,
                 "decoders": sorted({type(d).__name__ for d in reduction._decoders.values()}),
                 "replays": sum(graphs.values()),
+                "calls": calls,
                 "idle_free": running.is_idle_and_free,
             }
             if seen is not None:
@@ -82,7 +94,7 @@ def test_the_backend_is_the_one_asked_for(found: dict[str, Any]) -> None:
     assert found["cpu"]["backend"] == "CPU_ATTN"
     for name in MODES.keys() - {"cpu"}:
         assert found[name]["backend"] == "TRITON_ATTN"
-        kernels = [] if name == "evict" else ["DeviceRegionDecoder"]
+        kernels = [] if name in ("evict", "waits") else ["DeviceRegionDecoder"]
         assert found[name]["decoders"] == kernels
     assert all(each["idle_free"] for each in found.values())
 
@@ -92,6 +104,19 @@ def test_evicted_rows_are_read_as_by_the_cpu(found: dict[str, Any]) -> None:
     assert found["evict"]["tokens"] == found["cpu"]["tokens"]
     assert found["evict"]["kept_differ"] == 0 < found["evict"]["kept_layers"]
     assert found["evict"]["error"] < 1e-4 < 1e-2 < found["evict"]["error_to_full"]
+
+
+def test_kernels_score_and_move_and_torch_does_on_the_cpu(found: dict[str, Any]) -> None:
+    """Three prompts in two layers; with codebooks one is long enough, and nothing is moved."""
+    assert found["cpu"]["calls"] == [6, 0, 0]
+    assert found["evict"]["calls"] == found["waits"]["calls"] == [0, 6, 6]
+    assert found["codebooks"]["calls"] == found["in graphs"]["calls"] == [0, 2, 0]
+
+
+def test_tokens_of_the_answer_choose_as_in_the_core(found: dict[str, Any]) -> None:
+    """Queries laid aside after the prompt, a mean over the group, the window's score alone."""
+    assert found["waits"]["kept_differ"] == 0 < found["waits"]["kept_layers"]
+    assert found["waits"]["error"] < 1e-4 < 1e-2 < found["waits"]["error_to_full"]
 
 
 def test_codebooks_are_read_as_by_the_oracle(found: dict[str, Any]) -> None:

@@ -3,12 +3,14 @@
 from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
 
-from vllm_spindle.core.scoring import MOST_AT_ONCE
 from vllm_spindle.engine.graphs import most_captured_tokens
 from vllm_spindle.engine.options import policy_for, switched_on
 
 FLOAT = 4
 MAX_SPLIT_BYTES = 256 << 20  # of the codebook kernel, see ``kernels.device_decode``
+# Of a token's scores for one query head: three maps of attention, as many pooled, ranks of two; and
+# a sort's keys and int64 places, as it takes, returns and twice turns them over.
+RANKING_BYTES = (3 + 3 + 2) * FLOAT + 4 * (FLOAT + 8)
 
 
 def reserved_bytes(vllm_config: VllmConfig) -> int:
@@ -31,10 +33,12 @@ def reserved_bytes(vllm_config: VllmConfig) -> int:
     columns = cdiv(most_tokens, policy.block_size)
     rows = vllm_config.scheduler_config.max_num_seqs
     tables = len(policy.bands) * rows * columns * (4 + 8)
-    # Keys as read, in float32 and transposed; values; logits, their softmax and its mask.
-    prompt = most_tokens * num_kv_heads * head_size * (3 * element_bytes + 2 * FLOAT)
-    # The window's attention at once, the observers' in parts.
-    at_once = max(num_heads * config.window * most_tokens, MOST_AT_ONCE["cuda"])
-    logits = 3 * FLOAT * at_once
+    # Kept tokens on their way to their blocks, at most all: a key and a value each.
+    token_elements = num_kv_heads * head_size
+    prompt = most_tokens * token_elements * 2 * element_bytes
+    if config.merges:
+        # Blocks as they are, keys and values as read; keys in float32 and, in three steps, turned.
+        prompt = most_tokens * token_elements * (4 * element_bytes + 4 * FLOAT)
+    scores = most_tokens * num_heads * RANKING_BYTES
     splits = MAX_SPLIT_BYTES if config.merges else 0
-    return staged + windows + tables + prompt + logits + splits
+    return staged + windows + tables + prompt + scores + splits

@@ -7,7 +7,9 @@ A random-weight model, so that every answer is as hard as any. Exit code 1 if a 
 
 import argparse
 import json
+import os
 import random
+import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +23,15 @@ BOTH = {"keep_ratio": 0.5, "method": "both"}
 # 257 and 513 end in a chunk of one token, beside decodes: a FULL graph where there are graphs.
 CHUNK = 256
 PROMPT_LENS = [500, 257, 95, 513, 1200]
+# Head size, query heads per kv head, kv heads, type.
+SHAPES = [
+    (64, 4, 2, "bfloat16"),
+    (96, 1, 3, "float16"),
+    (128, 7, 1, "bfloat16"),
+    (256, 2, 2, "bfloat16"),
+    (64, 2, 2, "float32"),
+]
+SCORE_ERROR = 1e-3  # relative to the largest; torch on a GPU may round its products to tf32
 SAME_ENOUGH = 0.5  # of answers: rounding differs between kernels, a stale buffer spares none
 
 
@@ -104,6 +115,31 @@ def _plan_is_exact(spindle: dict[str, Any]) -> Callable[[Bench], dict[str, Any]]
     return check
 
 
+def reduction_kernels(bench: Bench) -> dict[str, Any]:
+    """Scoring and compaction of one layer, of all head sizes and types: torch's, on the device."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = {"device": device, "block_size": 16, "keep_ratio": 0.25, "repeats": 1, "seed": 1}
+    names = ("head_size", "group", "num_kv_heads", "dtype")
+    options["shapes"] = [dict(zip(names, shape, strict=True)) for shape in SHAPES]
+    options["contexts"] = [200, 3000] if device == "cuda" else [100]
+    child = subprocess.run(
+        [sys.executable, "-m", "vllm_spindle.bench.gpu_reduction"],
+        input=json.dumps(options),
+        capture_output=True,
+        text=True,
+        env={**os.environ, **({"TRITON_INTERPRET": "1"} if device == "cpu" else {})},
+    )
+    lines = [line for line in child.stdout.splitlines() if line.startswith("result ")]
+    if child.returncode or not lines:
+        return {"ok": False, "log": child.stderr[-2000:]}
+    results = json.loads(lines[-1].removeprefix("result "))["reductions"]
+    worst = max(each["score_error"] for each in results)
+    moved = all(each["is_moved"] for each in results)
+    return {"ok": moved and worst < SCORE_ERROR, "score_error": worst, "is_moved": moved}
+
+
 def aborts(bench: Bench) -> dict[str, Any]:
     """Thousands of requests, a third of them aborted at any moment, in little memory."""
     import tiny
@@ -140,6 +176,7 @@ def aborts(bench: Bench) -> dict[str, Any]:
 
 
 CHECKS: dict[str, Callable[[Bench], dict[str, Any]]] = {
+    "reduction-kernels": reduction_kernels,
     "off-is-stock": off_is_stock,
     "plan-evict": _plan_is_exact(EVICT),
     "plan-codebooks": _plan_is_exact(BOTH),

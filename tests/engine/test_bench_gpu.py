@@ -54,6 +54,9 @@ def test_every_figure_is_there(report: dict[str, Any]) -> None:
     assert all(ratio is not None for ratio in report["ratios"]["256"]["evict"].values())
     (kernel,) = report["kernels"]
     assert kernel["codebook_error"] < 2e-2 and "full_seconds" not in kernel
+    (reduction,) = report["reductions"]
+    assert reduction["score_error"] < 1e-5 and reduction["is_moved"]
+    assert reduction["layer_seconds"] > 0 and reduction["prefill_share"] > 0
 
 
 def test_results_of_a_side_that_broke_off_are_kept() -> None:
@@ -73,10 +76,18 @@ def test_results_of_a_side_that_broke_off_are_kept() -> None:
 
 
 def test_the_checks_run(tmp_path: Path) -> None:
-    """``benchmarks/gpu_checks.py``, the shortest of them: requests aborted at any moment."""
+    """``benchmarks/gpu_checks.py``, the shortest: kernels, requests aborted at any moment."""
     checks = Path(__file__).parents[2] / "benchmarks" / "gpu_checks.py"
     report = tmp_path / "checks.json"
-    options = ["--eager", "--only", "aborts", "--num-requests", "40", "--json", str(report)]
+    options = [
+        "--eager",
+        "--only",
+        "reduction-kernels,aborts",
+        "--num-requests",
+        "40",
+        "--json",
+        str(report),
+    ]
     done = subprocess.run(
         [sys.executable, str(checks), *options],
         capture_output=True,
@@ -85,7 +96,9 @@ def test_the_checks_run(tmp_path: Path) -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(report.read_text())["aborts"]
+    found = json.loads(report.read_text())
+    assert found["reduction-kernels"]["score_error"] < 1e-5
+    found = found["aborts"]
     assert found["ok"] and found["requests"] == 40 and found["aborted"] > 5
 
 

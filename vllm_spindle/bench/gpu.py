@@ -76,7 +76,7 @@ def run_gpu(
     on_progress: Callable[[str], None],
     on_report: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """Run every side, then the kernels.
+    """Run every side, then the kernels and the reduction of a layer.
 
     Args:
         options: what to run.
@@ -91,7 +91,7 @@ def run_gpu(
             what it has is kept, and ``failed`` in it says why.
     """
     results: dict[str, Any] = {}
-    kernels: list[Any] = []
+    kernels: dict[str, list[Any]] = {"kernels": [], "reductions": []}
     with tempfile.TemporaryDirectory() as folder:
         options.model.write(Path(folder), options.max_model_len)
         for side in options.sides:
@@ -99,27 +99,43 @@ def run_gpu(
             results[side] = _child("gpu_run", side_payload(options, side, folder), {})
             on_report(_report(options, results, kernels))
     if options.kernel_batches:
-        on_progress("kernels")
         device = _device()
         environment = {"TRITON_INTERPRET": "1"} if device == "cpu" else {}
-        found = _child("gpu_kernel", _kernel_payload(options, device), environment)
-        kernels.extend(found["kernels"])
+        for part, module in (("kernels", "gpu_kernel"), ("reductions", "gpu_reduction")):
+            on_progress(part)
+            found = _child(module, _kernel_payload(options, device), environment)
+            kernels[part] = found[part]
     report = _report(options, results, kernels)
     on_report(report)
     return report
 
 
 def _report(
-    options: GpuOptions, results: dict[str, Any], kernels: list[dict[str, Any]]
+    options: GpuOptions, results: dict[str, Any], kernels: dict[str, list[dict[str, Any]]]
 ) -> dict[str, Any]:
     return {
         "benchmark": "gpu",
         "settings": asdict(options),
         "provenance": {**provenance(), "device": _device_name()},
         "results": results,
-        "kernels": kernels,
+        "kernels": kernels["kernels"],
+        "reductions": [
+            {**each, "prefill_share": prefill_share(options, results, each)}
+            for each in kernels["reductions"]
+        ],
         "ratios": {str(context): ratios(results, str(context)) for context in options.contexts},
     }
+
+
+def prefill_share(
+    options: GpuOptions, results: dict[str, Any], reduction: dict[str, Any]
+) -> float | None:
+    """What all layers' reductions are of stock's prefill of the same prompt; None without one."""
+    stock = results.get("stock", {}).get("contexts", {}).get(str(reduction["context"]))
+    if stock is None:
+        return None
+    seconds: float = reduction["layer_seconds"] * options.model.num_layers
+    return seconds / float(stock["prefill_seconds"])
 
 
 def side_payload(options: GpuOptions, side: str, model: str) -> dict[str, Any]:

@@ -41,7 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-num-seqs", type=int, default=512)
     parser.add_argument("--attention-backend", help="as vLLM's flag; default: vLLM's choice")
     parser.add_argument("--enforce-eager", action="store_true", help="no graphs, no compilation")
-    parser.add_argument("--kernel-batches", default="1,8", help="'' to leave kernels out")
+    parser.add_argument(
+        "--kernel-batches",
+        default="1,8",
+        help="'' to leave kernels out, and the reduction of a layer",
+    )
     parser.add_argument("--repeats", type=int, default=3, help="prefills; the median is shown")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the whole report")
@@ -60,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
         console.print(_table(report, context))
     if report["kernels"]:
         console.print(_kernel_table(report))
+    if report["reductions"]:
+        console.print(_reduction_table(report))
     failed = {side: each["failed"] for side, each in report["results"].items() if "failed" in each}
     for side, log in failed.items():
         console.print(f"[bold]{side} broke off[/bold]\n{log}")
@@ -157,5 +163,26 @@ def _kernel_table(report: dict[str, Any]) -> Table:
             ),
             "" if full is None else f"{own / full:.2f}",
             f"{row['codebook_error']:.1e}",
+        )
+    return table
+
+
+def _reduction_table(report: dict[str, Any]) -> Table:
+    table = Table(
+        title="reduction of one layer, microseconds of the device",
+        caption="asked: all layers together no more than 0.02 of a prefill",
+    )
+    columns = ("context", "score", "by torch", "and rank", "move", "all", "to launch")
+    for title in (*columns, "over prefill", "error"):
+        table.add_column(title, justify="right")
+    names = ("score", "torch_score", "score_and_rank", "move", "layer", "layer_host")
+    for row in report["reductions"]:
+        seconds = [row.get(f"{name}_seconds") for name in names]
+        share = row["prefill_share"]
+        table.add_row(
+            str(row["context"]),
+            *("" if each is None else f"{1e6 * each:.1f}" for each in seconds),
+            "" if share is None else f"{share:.4f}",
+            f"{row['score_error']:.1e}" if row["is_moved"] else "wrong tokens moved",
         )
     return table

@@ -105,10 +105,9 @@ def rank_context(
     Returns:
         int64: [K, N], with ``unfold`` [K, G, N].
     """
-    scores = _importance(rule, queries, keys, positions, scale, num_context, num_ahead)
-    return num_protected + _rank(
-        scores[..., num_protected:], num_kept, rule.gqa, visual, num_protected
-    )
+    scores, num_turns = _importance(rule, queries, keys, positions, scale, num_context, num_ahead)
+    candidates = scores[..., num_protected:]
+    return num_protected + _rank(candidates, num_turns, num_kept, rule.gqa, visual, num_protected)
 
 
 def keep_by_head(ranked: Tensor, counts: Sequence[int]) -> list[Tensor]:
@@ -129,13 +128,14 @@ def _importance(
     scale: float,
     num_context: int,
     num_ahead: int,
-) -> Tensor:
-    """Scores of the context per query head. [K, G, C], float32."""
+) -> tuple[Tensor, int | None]:
+    """Scores of the context per query head, [K, G, C], float32; of how many turns, if they are."""
     if rule.score == "random":
         num_kv_heads, group = queries.shape[:2]
-        return random_importance(
+        drawn = random_importance(
             num_kv_heads, group, num_context, seed=rule.seed, device=queries.device
         )
+        return drawn, None
     num_asking = len(positions) - num_ahead
 
     def pooled(attention: Tensor) -> Tensor:
@@ -147,29 +147,35 @@ def _importance(
         attention = keys.attend(queries, positions, scale)
     summed = attention.window(max(0, num_asking - rule.window), num_asking)
     if rule.score == "paper":
-        return paper_importance(summed, num_context)
-    asked = pooled(summed)
+        return paper_importance(summed, num_context), None
+    asked, num_turns = pooled(summed), None
     first = num_asking - (1 if rule.last_query and rule.score == "received" else 0)
     num_queries = queries.shape[2]
     if first < num_queries:
         # A sum over the window drowns what the queries that answer look at next.
         asked = in_turns(pooled(attention.most(first, num_queries)), asked)
+        num_turns = 2 * num_context
     if rule.score == "pooled":
-        return asked
+        return asked, num_turns
     received = attention.most(0, num_asking, min_distance=MIN_DISTANCE)
-    return in_turns(asked, pooled(received))
+    return in_turns(asked, pooled(received), num_turns=num_turns), 2 * num_context
 
 
 def _rank(
-    scores: Tensor, num_kept: int, gqa: GqaName, visual: VisualCap | None, first: int
+    scores: Tensor,
+    num_turns: int | None,
+    num_kept: int,
+    gqa: GqaName,
+    visual: VisualCap | None,
+    first: int,
 ) -> Tensor:
     """Candidates by rank, counted from ``first`` on. scores: [K, G, candidates]."""
     if visual is None:
-        return rank_tokens(scores, num_kept, gqa)
+        return rank_tokens(scores, num_kept, gqa, num_turns=num_turns)
     num_candidates = scores.shape[-1]
     is_visual = visual.mask[first : first + num_candidates]
     # Counted on the CPU, where the mask is: no device is waited for.
     most = max_visual_tokens(num_kept, int(is_visual.sum()), num_candidates, visual.share)
-    ranked = rank_tokens(scores, num_candidates, gqa)
+    ranked = rank_tokens(scores, num_candidates, gqa, num_turns=num_turns)
     is_visual = is_visual.to(ranked.device, non_blocking=True)
     return cap_visual(ranked, is_visual, most)[..., :num_kept]

@@ -21,7 +21,9 @@ def select_kept(scores: Tensor, num_kept: int, gqa: GqaName) -> Tensor:
     return rank_tokens(scores, num_kept, gqa).sort(dim=-1).values
 
 
-def rank_tokens(scores: Tensor, num_kept: int, gqa: GqaName) -> Tensor:
+def rank_tokens(
+    scores: Tensor, num_kept: int, gqa: GqaName, *, num_turns: int | None = None
+) -> Tensor:
     """Positions to keep, the most important first.
 
     Args:
@@ -29,6 +31,7 @@ def rank_tokens(scores: Tensor, num_kept: int, gqa: GqaName) -> Tensor:
         num_kept: tokens to keep (N), 0 <= N <= C; per kv head, or per query head with
             ``unfold``, whose copies cost their own bytes.
         gqa: how the query heads of a group decide.
+        num_turns: if the scores are turns; see ``ordering.best_first``.
 
     Returns:
         int64 positions: [K, N], with ``unfold`` [K, G, N].
@@ -39,15 +42,15 @@ def rank_tokens(scores: Tensor, num_kept: int, gqa: GqaName) -> Tensor:
     if not 0 <= num_kept <= scores.shape[-1]:
         raise ValueError(f"num_kept must be in [0, {scores.shape[-1]}], got {num_kept}")
     if gqa == "union":
-        return rank_union(scores, num_kept)
+        return rank_union(scores, num_kept, num_turns=num_turns)
     if gqa == "mean":
         return _top(scores.mean(dim=1), num_kept)
     if gqa == "unfold":
-        return _top(scores, num_kept)
+        return _top(scores, num_kept, num_turns)
     raise ValueError(f"gqa must be union, mean or unfold, got {gqa!r}")
 
 
-def rank_union(scores: Tensor, num_kept: int) -> Tensor:
+def rank_union(scores: Tensor, num_kept: int, *, num_turns: int | None = None) -> Tensor:
     """Union of the query heads' choices, filled by rank until the budget is spent.
 
     The heads of a group take turns: first the best token of each head, then the second best,
@@ -57,25 +60,27 @@ def rank_union(scores: Tensor, num_kept: int) -> Tensor:
     Args:
         scores: [K, G, C].
         num_kept: N, per kv head.
+        num_turns: if the scores are turns; see ``ordering.best_first``.
 
     Returns:
         Positions, best first. [K, N], int64.
     """
     num_kv_heads, group, num_context = scores.shape
     if group == 1:
-        return _top(scores[:, 0], num_kept)
+        return _top(scores[:, 0], num_kept, num_turns)
     # No head's rank beyond N can enter: one head alone fills the budget by then.
-    best = _top(scores, num_kept)
+    best = _top(scores, num_kept, num_turns)
     turn = torch.arange(num_kept * group, device=scores.device).view(num_kept, group).T
     turns = scores.new_full((num_kv_heads, num_context), num_kept * group, dtype=torch.int64)
     turns.scatter_reduce_(
         1, best.flatten(1), turn.reshape(1, -1).expand(num_kv_heads, -1), reduce="amin"
     )
-    return _top(-turns, num_kept)
+    # Tokens that no head chose share the last turn; the others are as many as the budget at least.
+    return _top(-turns, num_kept, num_kept * group + 1)
 
 
-def _top(scores: Tensor, num_kept: int) -> Tensor:
-    return best_first(scores)[..., :num_kept]
+def _top(scores: Tensor, num_kept: int, num_turns: int | None = None) -> Tensor:
+    return best_first(scores, num_turns=num_turns)[..., :num_kept]
 
 
 def gather_kept(tokens: Tensor, kept: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vllm_spindle.core.ordering import best_first
+from vllm_spindle.core.ordering import ranks
 
 ScoreName = Literal["received", "pooled", "paper", "random"]
 
@@ -206,12 +206,16 @@ class TorchAttention:
         )
 
 
-def in_turns(first: Tensor, second: Tensor) -> Tensor:
-    """Scores in whose order two scores take turns to choose, the first one first. [..., C] each."""
-    num_context = first.shape[-1]
-    places = torch.arange(num_context, dtype=torch.float32, device=first.device)
+def in_turns(first: Tensor, second: Tensor, *, num_turns: int | None = None) -> Tensor:
+    """Scores in whose order two scores take turns to choose, the first one first.
 
-    def ranks(scores: Tensor) -> Tensor:
-        return torch.empty_like(scores).scatter(-1, best_first(scores), places.expand_as(scores))
+    Args:
+        first: [..., C].
+        second: [..., C].
+        num_turns: of the first one, if it is itself made here; see ``ordering.best_first``.
 
-    return -torch.minimum(2 * ranks(first), 2 * ranks(second) + 1)
+    Returns:
+        Minus the turn in which each is chosen, of ``2 * C`` turns. [..., C], float32.
+    """
+    turns = torch.minimum(2 * ranks(first, num_turns=num_turns), 2 * ranks(second) + 1)
+    return -turns.float()

@@ -165,6 +165,7 @@ class Reducer:
             positions=positions if self._in_place else positions.cpu(),
             tokens=prompt_tokens,
             rule=self._rule(0, 0),
+            num_ahead=min(1, self.policy.config.reduce_after),
         )
         region.fill(layer, prompt, plan, blocks)
         if isinstance(region, CodebookRegion):

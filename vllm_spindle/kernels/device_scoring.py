@@ -17,7 +17,7 @@ from vllm_spindle.kernels.triton_scoring import log_sum_exps, merge_log_sum_exps
 
 LOG2_E = 1.4426950408889634
 MAX_SPLITS = 64
-PROGRAMS_PER_MULTIPROCESSOR = 2  # as many as have room for their tiles
+PROGRAMS_PER_MULTIPROCESSOR = 4  # two have room, and those of early queries end early
 MERGED_ROWS = 128
 # Rows of the tile that stays in a program, and of those that pass by, up to so many bytes a row.
 MANY, FEW, WIDEST_ROW = 128, 64, 256
@@ -160,8 +160,8 @@ class DeviceAttention:
         if self._queries.device.type != "cuda":
             return 1
         properties = torch.cuda.get_device_properties(self._queries.device)
-        wanted = PROGRAMS_PER_MULTIPROCESSOR * properties.multi_processor_count // num_programs
-        return max(1, min(MAX_SPLITS, wanted, -(-self._num_tokens // self._few)))
+        wanted = PROGRAMS_PER_MULTIPROCESSOR * properties.multi_processor_count
+        return min(MAX_SPLITS, -(-wanted // num_programs))
 
     def _check(self, scale: float) -> None:
         queries, keys = self._queries, self._keys

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize_on_alignment=("table_ptr", "positions_ptr"))
+@triton.jit(do_not_specialize_on_alignment=("table_ptr", "positions_ptr", "heads_ptr"))
 def gather_pages(
     staged_ptr, cache_ptr, positions_ptr, heads_ptr, table_ptr,
     stride_position_block, stride_position_head, stride_block, stride_head, stride_slot,

@@ -5,9 +5,7 @@ all cases. Shapes: K kv heads, T tokens, R blocks of the region, n tokens per bl
 Unused slots and blocks hold NaN: whoever moves one shows it.
 """
 
-import importlib.util
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -133,29 +131,6 @@ def interpret(device: str = "cpu") -> dict[str, Any]:
     return {name: moved(case, device) for name, case in CASES.items()} | {"refusals": refusals()}
 
 
-def compile_for_gpus() -> list[int]:
-    """Bytes of machine code of each kernel for two generations, in the child."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from vllm_spindle.kernels.triton_compaction import gather_pages, write_pages
-
-    constant = {"NUM_HEADS": 2, "N": 16, "W": 192, "WIDTH_PAD": 256, "NUM_ROWS": 16}
-    types = dict.fromkeys(("table_ptr", "positions_ptr", "region_ptr"), "*i64")
-    types |= dict.fromkeys(("cache_ptr", "staged_ptr"), "*bf16")
-    sizes = []
-    for kernel, more in ((gather_pages, {"HAS_HEADS": True}), (write_pages, {})):
-        signature = {n: "*i32" if n.endswith("_ptr") else "i32" for n in kernel.arg_names}
-        signature |= {name: kind for name, kind in types.items() if name in signature}
-        signature |= dict.fromkeys(constant | more, "constexpr")
-        for capability in (80, 90):
-            source = ASTSource(kernel, signature, constant | more)
-            compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-            sizes.append(len(compiled.asm["cubin"]))
-    return sizes
-
-
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, Any]:
     """What the interpreter found."""
@@ -173,14 +148,6 @@ def test_what_does_not_fit_is_refused_by_value(interpreted: dict[str, Any]) -> N
     named = ["(1, 2, 16)", "heads (2, 3)", "contiguous"]
     for part, message in zip(named, interpreted["refusals"], strict=True):
         assert part in message
-
-
-def test_kernels_compile_for_gpus(tmp_path: Path) -> None:
-    """The compiler takes what the interpreter took, for sm_80 and sm_90, with a padded width."""
-    if importlib.util.find_spec("triton.backends.nvidia") is None:
-        pytest.skip("triton was built without its CUDA backend")
-    sizes = in_child(compile_for_gpus, env={"TRITON_CACHE_DIR": str(tmp_path)})
-    assert len(sizes) == 4 and min(sizes) > 0
 
 
 @pytest.mark.gpu

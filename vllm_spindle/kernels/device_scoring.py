@@ -1,5 +1,4 @@
-"""Attention that tokens receive on a GPU, over keys that stay in the cache: launches
-``triton_scoring``.
+"""Attention that a prompt's tokens receive, on a GPU: launches ``triton_scoring``.
 
 Shapes: K kv heads, G query heads per kv head, Q observed queries, T tokens, D head size, n tokens
 per block, S splits.
@@ -21,6 +20,7 @@ PROGRAMS_PER_MULTIPROCESSOR = 4  # two have room, and those of early queries end
 MERGED_ROWS = 128
 # Rows of the tile that stays in a program, and of those that pass by, up to so many bytes a row.
 MANY, FEW, WIDEST_ROW = 128, 64, 256
+INTERPRETED = ("cpu",)  # devices, by an interpreter that multiplies the bits of bfloat16
 LAUNCH = {"num_warps": 4, "num_stages": 3}
 
 
@@ -151,8 +151,7 @@ class DeviceAttention:
             "N": self._block_size,
             "D": head_size,
             "HEAD_PAD": _power_of_two(head_size),
-            # The interpreter multiplies the bits of bfloat16.
-            "IS_WIDENED": self._queries.device.type == "cpu",
+            "IS_WIDENED": self._queries.device.type in INTERPRETED,
         }
 
     def _choose_splits(self, num_programs: int) -> int:

@@ -7,7 +7,6 @@ slots and blocks of the cache, and all values, hold NaN: whoever reads one shows
 
 import importlib.util
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -222,39 +221,6 @@ def interpret() -> dict[str, Any]:
     return {function.__name__: function() for function in (case_errors, same_choices, refusals)}
 
 
-def compile_for_gpus() -> list[int]:
-    """Bytes of machine code of each kernel for two generations, in the child."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from vllm_spindle.kernels import triton_scoring
-
-    shape = {"GROUP": 4, "IS_PAGED": True, "N": 16, "D": 48, "HEAD_PAD": 64, "IS_WIDENED": False}
-    constants = {
-        triton_scoring.log_sum_exps: {**shape, "NUM_ROWS": 128, "TILE": 64},
-        triton_scoring.merge_log_sum_exps: {"NUM_ROWS": 128},
-        triton_scoring.receive: {
-            **shape, "TILE": 128, "NUM_QUERIES": 64, "IS_SUM": False, "HAS_WEIGHTS": True,
-        },
-    }  # fmt: skip
-    types = {
-        **dict.fromkeys(("table_ptr", "positions_ptr"), "*i64"),
-        **dict.fromkeys(("queries_ptr", "keys_ptr"), "*bf16"),
-        "scale_log2": "fp32",
-    }
-    sizes = []
-    for kernel, constant in constants.items():
-        signature = {n: "*fp32" if n.endswith("_ptr") else "i32" for n in kernel.arg_names}
-        signature |= {name: kind for name, kind in types.items() if name in signature}
-        signature |= dict.fromkeys(constant, "constexpr")
-        for capability in (80, 90):
-            target = GPUTarget("cuda", capability, 32)
-            compiled = triton.compile(ASTSource(kernel, signature, constant), target=target)
-            sizes.append(len(compiled.asm["cubin"]))
-    return sizes
-
-
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, Any]:
     """What the interpreter found."""
@@ -282,14 +248,6 @@ def test_what_does_not_fit_is_refused_by_value(interpreted: dict[str, Any]) -> N
     ]  # fmt: skip
     for part, message in zip(named, interpreted["refusals"], strict=True):
         assert part in message
-
-
-def test_kernels_compile_for_gpus(tmp_path: Path) -> None:
-    """The compiler takes what the interpreter took, for sm_80 and sm_90, with a padded head."""
-    if importlib.util.find_spec("triton.backends.nvidia") is None:
-        pytest.skip("triton was built without its CUDA backend")
-    sizes = in_child(compile_for_gpus, env={"TRITON_CACHE_DIR": str(tmp_path)})
-    assert len(sizes) == 6 and min(sizes) > 0
 
 
 @pytest.mark.gpu

@@ -1,0 +1,105 @@
+"""The reduction's GPU kernels, compiled without a GPU by way of Triton's own launch, not launched.
+
+What the interpreter never sees: which of the arguments make Triton compile a kernel again.
+"""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine_child import in_child
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton.backends.nvidia") is None,
+    reason="triton is not installed, or was built without its CUDA backend",
+)
+
+CAPABILITIES = (80, 90)
+# Prompt tokens, observed queries, blocks of the region and the first of them.
+PROMPTS = ((100, 40, 1, 1), (1000, 288, 17, 3), (4097, 33, 2, 6))
+
+
+def compiled() -> list[dict[str, list[int]]]:
+    """After each prompt, kernels by name: how often each was compiled, for each capability."""
+    from unittest.mock import patch
+
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    from vllm_spindle.kernels import device_compaction, device_scoring
+
+    class Driver:
+        """A GPU of each capability, of which nobody asks more."""
+
+        device = 0
+
+        def get_current_target(self) -> Any:
+            return GPUTarget("cuda", self.device, 32)
+
+        def get_current_device(self) -> int:
+            return self.device
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+    class Compiled:
+        """A kernel that is compiled for its arguments and not launched."""
+
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *args, **kw: self.kernel.run(*args, grid=grid, warmup=True, **kw)
+
+    driver.set_active(Driver())
+    names = ("log_sum_exps", "merge_log_sum_exps", "receive", "gather_pages", "write_pages")
+    kernels = {}
+    for name in names:
+        module = device_scoring if hasattr(device_scoring, name) else device_compaction
+        kernels[name] = getattr(module, name)
+        setattr(module, name, Compiled(kernels[name]))
+
+    def reduce(num_tokens: int, num_queries: int, num_blocks: int, first: int) -> None:
+        heads, group, d, n = 2, 4, 48, 16
+        cache = torch.zeros(300, heads, n, 2 * d, dtype=torch.bfloat16)
+        blocks = torch.arange(300)
+        queries = torch.zeros(first + num_queries, heads, group, d, dtype=torch.bfloat16)
+        queries = queries[first:].permute(1, 2, 0, 3)
+        positions = torch.arange(num_queries)
+        keys = device_scoring.PagedKeys(cache, blocks[first:], num_tokens)
+        attention = keys.attend(queries, positions, 0.1)
+        attention.window(num_queries - 32, num_queries)
+        attention.most(num_queries - 1, num_queries)
+        attention.most(0, num_queries, min_distance=16)
+        kept = torch.zeros(heads, num_blocks, n, dtype=torch.int64).transpose(0, 1)
+        region = blocks[first : first + num_blocks]
+        device_compaction.compact(cache, blocks[first:], kept, region)
+
+    found = []
+    with (
+        patch.object(device_scoring.DeviceAttention, "_choose_splits", lambda *_: 3),
+        # As on a device: bfloat16 goes to the tensor cores.
+        patch.object(device_scoring, "INTERPRETED", ()),
+    ):
+        for prompt in PROMPTS:
+            for Driver.device in CAPABILITIES:
+                reduce(*prompt)
+            found.append(
+                {
+                    name: [len(kernel.device_caches[each][0]) for each in CAPABILITIES]
+                    for name, kernel in kernels.items()
+                }
+            )
+    return found
+
+
+def test_kernels_compile_once_whatever_the_prompt(tmp_path: Path) -> None:
+    """For sm_80 and sm_90, with a padded head: the second and third prompt find them all there."""
+    first, *later = in_child(compiled, env={"TRITON_CACHE_DIR": str(tmp_path)})
+    once = [1, 1]
+    assert first.pop("receive") == [2, 2]  # a sum and a maximum
+    assert all(count == once for count in first.values()) and len(first) == 4
+    assert later == [first | {"receive": [2, 2]}] * 2

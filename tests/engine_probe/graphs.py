@@ -17,16 +17,18 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+from engine_probe.recorded import pieces, recording
+
 CAPTURE_SIZES = [1, 2, 4, 8]
 
 
 @contextmanager
 def full_graphs(
-    mode: str = "FULL_DECODE_ONLY", sizes: list[int] | None = None
+    mode: str = "FULL_DECODE_ONLY", sizes: list[int] | None = None, *, is_compiled: bool = False
 ) -> Iterator[Counter]:
     """Engines made inside capture their forwards; yields how often each kind of them ran.
 
-    Keys: tokens of each replayed graph.
+    Keys: tokens of each replayed graph. PIECEWISE modes need what ``recorded.BREAKABLE`` says.
     """
     from vllm.config.compilation import CUDAGraphMode
     from vllm.platforms.cpu import CpuPlatform
@@ -53,6 +55,8 @@ def full_graphs(
 
     def capture_too(worker: Any) -> Any:
         times = warm_up(worker)
+        if mode == "NONE":
+            return times
         # As on a GPU, whose warm-up executes steps before it captures.
         worker.execute_model(SchedulerOutput.make_empty())
         assert worker.model_runner.needs_cudagraph_capture()
@@ -64,7 +68,14 @@ def full_graphs(
         return times
 
     def capture(manager: Any, create_forward_fn: Any, progress_bar_desc: str = "") -> None:
-        for desc in manager._capture_descs[CUDAGraphMode.FULL]:
+        for desc in manager._capture_descs.get(CUDAGraphMode.PIECEWISE, ()):
+            forward = create_forward_fn(desc, warmup=True)
+            forward(CUDAGraphMode.NONE)
+            if manager.use_breakable_cg:
+                forward = create_forward_fn(desc, warmup=False)
+            with recording():
+                forward(CUDAGraphMode.PIECEWISE)
+        for desc in manager._capture_descs.get(CUDAGraphMode.FULL, ()):
             create_forward_fn(desc, warmup=True)(CUDAGraphMode.NONE)
             forward = create_forward_fn(desc, warmup=False)
             forward(CUDAGraphMode.NONE)
@@ -72,6 +83,8 @@ def full_graphs(
         manager._graphs_captured = True
 
     with ExitStack() as stack:
+        if is_compiled or CUDAGraphMode[mode].has_piecewise_cudagraphs():
+            stack.enter_context(pieces(runs, is_compiled=is_compiled))
         for owner, name, value in (
             (CPUWorker, "init_device", ask_for_graphs),
             (CPUWorker, "compile_or_warm_up_model", capture_too),

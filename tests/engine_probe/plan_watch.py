@@ -57,6 +57,8 @@ class PlanWatch:
         if reduction is not None:  # In another process with tensor parallel.
             known += [*reduction.reducer._plans, *reduction.stash.holders()]
             known += [*reduction._queue.request_ids, *reduction._ends]
+            known += reduction.reducer._visual_masks
+            known += [rows for rows in (reduction.stash._rows, reduction._step.window) if rows]
         return known
 
     def _scheduled(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,6 +1,10 @@
-"""Model runner V2, its kernels interpreted on the CPU: pruned as V1 prunes, token for token."""
+"""Model runner V2, its kernels interpreted on the CPU: pruned as V1 prunes, token for token.
 
-from collections.abc import Callable
+Eagerly, and in emulated CUDA graphs and a step ahead, with the text of others beside the pictures.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,6 +15,13 @@ from engine_probe.interpreted import ENVIRONMENT
 pytestmark = pytest.mark.engine
 
 ON = {"selector": "divprune", "keep_ratio": 0.5}
+# In the same engine; prompts must be long enough.
+BOTH = {
+    "covipal": ON,
+    "spindle": {"keep_ratio": 0.5, "window": 16, "min_prompt_len": 64, "deep_visual_share": 0.25},
+}
+# A chunk is a graph, too.
+SIZES = [1, 3, 8]
 # One position per token, and three.
 FAMILIES = ("llava_next", "qwen2_5_vl")
 
@@ -52,7 +63,48 @@ def served(model: str, family: str, version: int) -> dict[str, Any]:
                 "chosen": [index.tolist() for index in watch.indices],
                 "num_cut": len(cut),
             }
+    found["both"] = _both(model, family)
+    if version == 2:
+        for name, covipal in (("pruned, graphs", ON), ("stock, graphs", None)):
+            plain = [ask if covipal else LvlmAsk(ask.words, ask.pictures) for ask in asks]
+            with _graphs(), lvlm_engine(model, family, covipal, **options) as llm:
+                answers = answer(llm, family, plain, max_tokens=6)
+                found[name] = [a["tokens"] for a in answers]
+        with _graphs() as replays:
+            found["both, graphs"] = _both(model, family) | {"replays": sum(replays.values())}
     return found
+
+
+def _both(model: str, family: str) -> dict[str, Any]:
+    """Both plugins: tokens, blocks left, and whom the adapters still know."""
+    from engine_probe.lvlm import LvlmAsk, answer, lvlm_engine
+
+    words = "what is the color of red circle ? " * 11
+    asks = [LvlmAsk(f"@ {words} @ left ?", [(96, 48, i), (64, 64, i + 9)]) for i in range(2)]
+    asks.append(LvlmAsk(words))
+    options = {"max_num_batched_tokens": 64, "max_num_seqs": 4, "enable_prefix_caching": False}
+    with lvlm_engine(model, family, None, additional_config=BOTH, **options) as llm:
+        core = llm.llm_engine.engine_core.engine_core
+        answers = answer(llm, family, asks, max_tokens=6)
+        llm.llm_engine.step()  # Let the worker hear of the last ones.
+        pool = core.scheduler.kv_cache_manager.block_pool
+        reducer = core.model_executor.driver_worker.worker._reduction.reducer
+        return {
+            "tokens": [a["tokens"] for a in answers],
+            "reductions": core.scheduler._stats["reductions"],
+            "left": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
+            "known": [*reducer._plans, *reducer._visual_masks, *reducer.stash.holders()],
+        }
+
+
+@contextmanager
+def _graphs() -> Iterator[Any]:
+    """Engines made inside: whole forwards as graphs, a step ahead."""
+    from engine_probe.graphs import full_graphs
+    from engine_probe.interpreted import async_scheduling
+
+    with async_scheduling(), full_graphs("FULL", SIZES) as replays:
+        yield replays
 
 
 def _watch_cuts(llm: Any) -> set[Any]:
@@ -103,3 +155,30 @@ def test_it_pruned(versions: dict[str, Any]) -> None:
     pruned, stock = (versions["v2"][side]["lengths"] for side in ("pruned", "stock"))
     assert [a < b for a, b in zip(pruned, stock, strict=True)] == [True, True, False, False]
     assert len(versions["v2"]["pruned"]["chosen"]) == 3
+
+
+@pytest.mark.parametrize("side", ["pruned", "stock"])
+def test_graphs_change_nothing(versions: dict[str, Any], side: str) -> None:
+    """Token for token, in one batch and a step ahead."""
+    assert versions["v2"][f"{side}, graphs"] == versions["v1"][side]["tokens"]
+
+
+def test_off_is_stock(versions: dict[str, Any]) -> None:
+    """Ratio 1.0, and text alone, beside pruned pictures; eagerly and in graphs."""
+    v2 = versions["v2"]
+    stock = v2["stock"]["tokens"]
+    for pruned in (v2["pruned"]["tokens"], v2["pruned, graphs"]):
+        assert pruned[2:] == stock[2:]
+        assert pruned[:2] != stock[:2]
+
+
+def test_both_plugins(versions: dict[str, Any]) -> None:
+    """Pruned, then reduced, as on V1; in graphs, too, and nothing is left."""
+    expected = versions["v1"]["both"]["tokens"]
+    graphs = versions["v2"]["both, graphs"]
+    for found in (versions["v1"]["both"], versions["v2"]["both"], graphs):
+        assert found["tokens"] == expected
+        assert found["reductions"] == 3
+        assert found["left"] == 0
+        assert found["known"] == []
+    assert graphs["replays"] >= 5

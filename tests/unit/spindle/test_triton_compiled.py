@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 
 CAPABILITIES = (80, 90)
 # Prompt tokens, observed queries, blocks of the region and the first of them.
-PROMPTS = ((100, 40, 1, 1), (1000, 288, 17, 3), (4097, 33, 2, 6))
+PROMPTS = ((100, 40, 1, 1), (1000, 288, 17, 3), (4096, 48, 2, 6))
 
 
 def compiled() -> list[dict[str, list[int]]]:

@@ -45,6 +45,7 @@ def full_graphs(
 
     runs: Counter = Counter()
     init_device, warm_up = CPUWorker.init_device, CPUWorker.compile_or_warm_up_model
+    available = CPUWorker.determine_available_memory
 
     def ask_for_graphs(worker: Any) -> None:
         config = worker.vllm_config.compilation_config
@@ -52,6 +53,11 @@ def full_graphs(
         config.cudagraph_capture_sizes = sizes or CAPTURE_SIZES
         config.max_cudagraph_capture_size = max(config.cudagraph_capture_sizes)
         init_device(worker)
+
+    def profile_too(worker: Any) -> int:
+        """As on a GPU: what graphs will take, by captures over a cache that is thrown away."""
+        worker.model_runner.profile_cudagraph_memory()
+        return available(worker)
 
     def capture_too(worker: Any) -> Any:
         times = warm_up(worker)
@@ -87,12 +93,14 @@ def full_graphs(
             stack.enter_context(pieces(runs, is_compiled=is_compiled))
         for owner, name, value in (
             (CPUWorker, "init_device", ask_for_graphs),
+            (CPUWorker, "determine_available_memory", profile_too),
             (CPUWorker, "compile_or_warm_up_model", capture_too),
             (CudaGraphManager, "capture", capture),
             (CpuPlatform, "get_global_graph_pool", lambda platform: None),
+            (CpuPlatform, "graph_pool_handle", lambda platform: None),
             (CPUAttentionMetadataBuilder, "_cudagraph_support", AttentionCGSupport.ALWAYS),
         ):
-            stack.enter_context(patch.object(owner, name, value))
+            stack.enter_context(patch.object(owner, name, value, create=True))
         stack.enter_context(_planning_anew())
         yield runs
 

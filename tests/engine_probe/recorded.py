@@ -123,7 +123,6 @@ def pieces(runs: Counter, *, is_compiled: bool) -> Iterator[None]:
             (CpuPlatform, "check_and_update_config", staticmethod(keep_pieces)),
             (CpuPlatform, "support_static_graph_mode", classmethod(lambda platform: True)),
             (CpuPlatform, "get_static_graph_wrapper_cls", classmethod(_wrapper)),
-            (CpuPlatform, "graph_pool_handle", lambda platform: None),
             (CudaGraphManager, "run_pw_graph", run_pieces),
         ):
             stack.enter_context(patch.object(owner, name, value, create=True))

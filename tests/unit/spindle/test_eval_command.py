@@ -58,7 +58,7 @@ def run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
     ("argv", "said"),
     [
         ([], "--model"),
-        (["--model", NEEDLE, "--budget", "0.5,x"], "'x'"),
+        (["--model", NEEDLE, "--budgets", "0.5,x"], "'x'"),
         (["--model", NEEDLE, "--budgets", "0.5,1.5"], "(0, 1)"),
         (["--model", NEEDLE, "--lengths", "12"], "--lengths"),
         (["--model", NEEDLE, "--num-questions", "0"], "--num-questions"),

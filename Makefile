@@ -24,7 +24,7 @@ XDIST := -n $(WORKERS) --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 SETUP := $(if $(filter file,$(origin BIN)),setup)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check format needle recall shapes crowd bench quality kvpress clean distclean
+.PHONY: help setup demo test test-fast check format needle recall text shapes crowd bench quality kvpress clean distclean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -56,6 +56,9 @@ needle: $(SETUP)  ## train models/needle again, from generated data
 
 recall: $(SETUP)  ## train models/recall again, from generated data; goes on where it was killed
 	OMP_NUM_THREADS=1 $(BIN)/python models/recall/train.py --out models/recall
+
+text: $(SETUP)  ## train models/text again, from Python's own sources; goes on where it was killed
+	OMP_NUM_THREADS=1 $(BIN)/python models/text/train.py --out models/text
 
 shapes: $(SETUP)  ## train models/shapes again, from generated pictures; goes on where it was killed
 	$(BIN)/python models/shapes/train.py --out models/shapes

@@ -1,4 +1,4 @@
-"""Train the text model: one CPU thread, the standard library's sources; goes on where it was killed.
+"""Train the text model: one CPU thread, Python's own sources; goes on where it was killed.
 
     .venv/bin/python models/text/train.py --out models/text
 

@@ -30,7 +30,7 @@ from vllm_spindle.evaluation.passages import (
     make_passages,
     next_log_probs,
 )
-from vllm_spindle.evaluation.source import read_files
+from vllm_spindle.evaluation.source import tokenized_files
 
 FULL, OURS = "full", "spindle"
 OTHERS: dict[str, dict[str, Any]] = {
@@ -160,9 +160,7 @@ def main() -> int:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     enable(model)
-    files = [
-        tokenizer(text, add_special_tokens=False).input_ids for text in read_files(held_out=True)
-    ]
+    files = tokenized_files(tokenizer, held_out=True)
     passages = [
         (kind, passage)
         for kind in KINDS

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from vllm_spindle.evaluation.bootstrap import difference_interval, mean_interval
 from vllm_spindle.evaluation.passages import KINDS, Passage, make_passages
-from vllm_spindle.evaluation.source import read_files
+from vllm_spindle.evaluation.source import tokenized_files
 from vllm_spindle.evaluation.text_gates import measure_gates
 
 PROMPT_TOKENS = (960, 1024)
@@ -31,12 +31,8 @@ def passages_of(
     tokenizer: PreTrainedTokenizerBase, kind: str, count: int, *, held_out: bool, seed: int
 ) -> list[Passage]:
     """Passages of held-out or of trained files."""
-    files = [
-        tokenizer(text, add_special_tokens=False).input_ids
-        for text in read_files(held_out=held_out)
-    ]
     return make_passages(
-        files,
+        tokenized_files(tokenizer, held_out=held_out),
         kind,
         count,
         prompt_tokens=PROMPT_TOKENS,

@@ -53,19 +53,16 @@ def _cut_off(model: str, spindle: dict[str, Any], with_graphs: bool, ahead: bool
     from engine_probe.graphs import full_graphs
     from engine_probe.interpreted import async_scheduling
     from engine_probe.plan_watch import PlanWatch
+    from engine_probe.random_aborts import abort_some
 
     rng = random.Random(5)
     short, long = range(1, 48), range(64, 160)
     lengths = [rng.choice(rng.choice((short, long, long))) for _ in range(NUM_REQUESTS)]
     prompts = tiny.prompts(NUM_REQUESTS, lengths, seed=6)
-    waiting_to_join = [
-        (
-            f"r{i}",
-            Ask(each["prompt_token_ids"], rng.randrange(3, 12), rng.choice((None, None, 0.2, 1.0))),
-        )
-        for i, each in enumerate(prompts)
+    asks = [
+        Ask(each["prompt_token_ids"], rng.randrange(3, 12), rng.choice((None, None, 0.2, 1.0)))
+        for each in prompts
     ]
-    aborted = dict.fromkeys(STAGES, 0)
     with ExitStack() as stack:
         if ahead:
             stack.enter_context(async_scheduling())
@@ -73,34 +70,8 @@ def _cut_off(model: str, spindle: dict[str, Any], with_graphs: bool, ahead: bool
         running = stack.enter_context(engine(model, {**ON, **spindle}, **OPTIONS, **LITTLE))
         watch = PlanWatch(running)
         running.chunk(CHUNK)
-        requests = running.scheduler.requests
-        while waiting_to_join or running.engine.has_unfinished_requests():
-            while waiting_to_join and len(requests) < 12:
-                running.add(*waiting_to_join.pop(0))
-            running.step()
-            if requests and rng.random() < 0.5:
-                # As often at one stage as at another, whichever there are.
-                by_stage: dict[str, list[Any]] = {}
-                for request in requests.values():
-                    by_stage.setdefault(_stage(running, request), []).append(request)
-                stage = min(by_stage, key=lambda each: aborted[each])
-                aborted[stage] += 1
-                victim = rng.choice(by_stage[stage])
-                running.engine.abort_request([victim.request_id], internal=True)
-        running.step()
+        aborted = abort_some(running, asks, at_once=12, share=0.5, rng=rng)
         return {**watch.report(), "aborted": aborted, "replays": sum(replays.values())}
-
-
-def _stage(running: Any, request: Any) -> str:
-    done = request.num_computed_tokens - request.num_prompt_tokens
-    if done < 0:
-        return "mid_prefill" if request.num_computed_tokens else "waiting"
-    if request.request_id in running.scheduler._queue:
-        return "held"
-    if done < running.scheduler._policy.reduce_at(0):
-        return "before_reduction"
-    is_just = done == running.scheduler._policy.reduce_at(0)
-    return "prompt_just_ended" if is_just else "decoding"
 
 
 @pytest.fixture(scope="module")

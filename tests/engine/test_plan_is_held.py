@@ -11,6 +11,7 @@ pytestmark = pytest.mark.engine
 
 MIB = 1 << 20
 MAX_LEN = 2048
+STAGES = ("waiting", "mid_prefill", "prompt_just_ended", "decoding")  # of every mode
 MODES: dict[str, dict[str, Any]] = {
     "union": {},
     "unfold": {"gqa": "unfold"},
@@ -39,6 +40,7 @@ def _aborts(model: str, mode: dict[str, Any]) -> dict[str, Any]:
 
     from engine_probe.engines import Ask, engine
     from engine_probe.plan_watch import PlanWatch
+    from engine_probe.random_aborts import abort_some
 
     rng = random.Random(3)
     ratios = [None, None, 0.1, 0.3, 0.5, 0.8, 1.0]
@@ -50,43 +52,11 @@ def _aborts(model: str, mode: dict[str, Any]) -> dict[str, Any]:
     ]
     options = {"max_num_seqs": 64, "max_model_len": MAX_LEN, "max_num_batched_tokens": MAX_LEN}
     spindle = {"keep_ratio": 0.25, **mode}
-    aborted = {"waiting": 0, "mid_prefill": 0, "prompt_just_ended": 0, "decoding": 0}
     with engine(model, spindle, kv_cache_memory_bytes=12 * MIB, **options) as running:
         watch = PlanWatch(running)
         running.chunk(300)
-        requests = running.scheduler.requests
-        waiting_to_join = list(enumerate(asks))
-        while waiting_to_join or running.engine.has_unfinished_requests():
-            while waiting_to_join and len(requests) < 64:
-                index, ask = waiting_to_join.pop(0)
-                running.add(f"r{index}", ask)
-            running.step()
-            if requests and rng.random() < 0.15:
-                # One prompt at most is between its chunks: take it every other time.
-                partly = [r for r in requests.values() if _stage(r) == "mid_prefill"]
-                victim = rng.choice(partly * rng.randrange(2) or list(requests.values()))
-                aborted[_stage(victim)] += 1
-                running.engine.abort_request([victim.request_id], internal=True)
-        running.step()
-        # Once more on purpose: between the step that ends the prompt and the next schedule.
-        for index, ask in enumerate(asks[:8]):
-            running.add(f"again{index}", ask)
-            while (request := next(iter(requests.values()), None)) is not None:
-                running.step()
-                if request.num_computed_tokens >= request.num_prompt_tokens:
-                    aborted["prompt_just_ended"] += 1
-                    running.engine.abort_request([request.request_id], internal=True)
-        running.step()
+        aborted = abort_some(running, asks, at_once=64, share=0.2, rng=rng)
         return {**watch.report(), "aborted": aborted}
-
-
-def _stage(request: Any) -> str:
-    if request.num_computed_tokens == 0:
-        return "waiting"
-    if request.num_computed_tokens < request.num_prompt_tokens:
-        return "mid_prefill"
-    is_first = request.num_computed_tokens == request.num_prompt_tokens
-    return "prompt_just_ended" if is_first else "decoding"
 
 
 def _preemption(model: str) -> dict[str, Any]:
@@ -171,8 +141,11 @@ def test_plan_is_held_under_aborts(runs: dict[str, Any], mode: str) -> None:
     assert run["idle_free"]
     assert run["left_over"] == []
     assert run["reduced_rows"] > 500
-    assert min(run["aborted"].values()) >= 3
-    assert (run["held_steps"] > 30) == (mode in ("paced", "waits"))
+    assert min(run["aborted"].get(stage, 0) for stage in STAGES) >= 3
+    waits = mode in ("paced", "waits")
+    assert (run["aborted"].get("held", 0) >= 3) == waits
+    assert (run["aborted"].get("before_reduction", 0) >= 3) == (mode == "waits")
+    assert (run["held_steps"] > 30) == waits
 
 
 @pytest.mark.parametrize("side", ["spindle", "codebooks", "heads", "paced", "waits"])

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_spindle.evaluation.passages import CUE_TOKENS, KINDS, make_passages
-from vllm_spindle.evaluation.source import read_files
+from vllm_spindle.evaluation.source import tokenized_files
 from vllm_spindle.evaluation.text_gates import Gates, measure_gates
 
 TEXT = Path(__file__).parents[3] / "models/text"
@@ -25,9 +25,7 @@ SEED = 5
 def passages() -> Any:
     """Natural ones and repeated ones, of held-out files."""
     tokenizer = AutoTokenizer.from_pretrained(TEXT)
-    files = [
-        tokenizer(text, add_special_tokens=False).input_ids for text in read_files(held_out=True)
-    ]
+    files = tokenized_files(tokenizer, held_out=True)
     return [
         make_passages(
             files,

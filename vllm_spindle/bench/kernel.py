@@ -130,7 +130,7 @@ class _Layer:
         books: per kv head, of keys and of values.
         keys: rotated at positions 0 to N - 1. [N, K, D], bf16.
         values: [N, K, D], bf16.
-        cos_sin: rotary table. [N + 1, D].
+        cos_sin: rotary table. [N + 1, D], bf16.
     """
 
     books: tuple[list[Codebook], list[Codebook]]
@@ -151,7 +151,8 @@ class _Layer:
         positions = torch.arange(options.num_tokens + 1)
         turns = 1e4 ** -(torch.arange(0, options.head_size, 2) / options.head_size)
         angles = positions.unsqueeze(1) * turns
-        cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1)
+        # As vLLM has it for a bf16 model.
+        cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1).bfloat16()
         keys = torch.stack([reconstruct(book) for book in books[0]])  # [K, N, D]
         keys = rotate_keys(keys, positions[:-1], cos_sin).transpose(0, 1)
         values = torch.stack([reconstruct(book) for book in books[1]]).transpose(0, 1)

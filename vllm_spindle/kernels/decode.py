@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 import torch
+from llvmlite.binding import get_host_cpu_features
 from torch import Tensor
 
 from vllm_spindle.kernels.decode_rows import DeviceRows
 from vllm_spindle.kernels.numba_decode import attend_parallel, attend_serial
 from vllm_spindle.kernels.numba_softmax import LOG2_E
 
+HAS_BF16_PRODUCTS = bool(get_host_cpu_features().get("avx512bf16"))
 MAX_LANES = 8  # query heads of one pass: their sums must stay in registers
 
 
@@ -89,7 +91,7 @@ class RegionDecoder:
         if head_size % 16:
             raise ValueError(f"head_size must be a multiple of 16, got {head_size}")
         self._dims = (0,) * (head_size // 16)
-        self._cos_sin = cos_sin.float().contiguous().numpy().reshape(-1)
+        self._cos_sin = turning_table(cos_sin)
         self._scale = np.float32(scale) * LOG2_E
         none = np.empty((0, 0), np.int32)
         self._key_index = none if key_index is None else key_index.to(torch.int32).numpy()
@@ -131,6 +133,19 @@ class RegionDecoder:
         else:
             numba.set_num_threads(min(self._num_threads, numba.config.NUMBA_NUM_THREADS))
             attend_parallel(*arguments)
+
+
+def turning_table(cos_sin: Tensor) -> np.ndarray:
+    """The rotary table as the kernel reads it, flat: see ``numba_vector.rotate_and_dot``.
+
+    Pairs of bf16 where nothing is lost by it, as vLLM's own table of a bf16 model, and the
+    processor multiplies such pairs; else float32.
+    """
+    rounded = cos_sin.bfloat16()
+    if cos_sin.shape[1] % 32 or not HAS_BF16_PRODUCTS or (rounded.float() != cos_sin).any():
+        return cos_sin.float().contiguous().numpy().reshape(-1)
+    pairs = torch.stack(rounded.chunk(2, dim=1), dim=-1)
+    return pairs.contiguous().view(torch.uint16).numpy().reshape(-1)
 
 
 def num_lanes(group: int) -> int:

@@ -6,6 +6,7 @@
 from collections.abc import Sequence
 
 from llvmlite import ir
+from numba.core import cgutils
 
 Value = ir.Value
 FLOAT, INT32, INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
@@ -14,6 +15,23 @@ FLOAT, INT32, INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 def vector_of(width: int) -> ir.VectorType:
     """Type of ``width`` float32."""
     return ir.VectorType(FLOAT, width)
+
+
+def _all(kind: ir.VectorType, number: int) -> ir.Constant:
+    return ir.Constant(kind, [number] * kind.count)
+
+
+class _BFloat(ir.Type):
+    """A type that llvmlite does not have."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
 
 
 class Vectors:
@@ -45,9 +63,44 @@ class Vectors:
         """``width`` bf16 as float32: a bf16 is the upper half of a float32."""
         short, wide = ir.VectorType(ir.IntType(16), width), ir.VectorType(INT32, width)
         bits = self.builder.load(self.builder.bitcast(pointer, short.as_pointer()), align=2)
-        shift = ir.Constant(wide, [16] * width)
-        shifted = self.builder.shl(self.builder.zext(bits, wide), shift)
-        return self.builder.bitcast(shifted, vector_of(width))
+        return self._as_floats(self.builder.shl(self.builder.zext(bits, wide), _all(wide, 16)))
+
+    def load_pairs(self, pointer: Value, width: int) -> Value:
+        """``width`` pairs of bf16, each pair one int32, the first of it in the lower half."""
+        pointer = self.builder.bitcast(pointer, ir.VectorType(INT32, width).as_pointer())
+        return self.builder.load(pointer, align=2)
+
+    def first(self, pairs: Value) -> Value:
+        """Of each pair, as float32."""
+        return self._as_floats(self.builder.shl(pairs, _all(pairs.type, 16)))
+
+    def second(self, pairs: Value) -> Value:
+        """Of each pair, as float32."""
+        return self._as_floats(self.builder.and_(pairs, _all(pairs.type, 0xFFFF0000)))
+
+    def swapped(self, pairs: Value) -> Value:
+        """(y, x) for (x, y)."""
+        kind = ir.FunctionType(pairs.type, [pairs.type] * 3)
+        function = self._declared(f"llvm.fshl.v{pairs.type.count}i32", kind)
+        return self.builder.call(function, [pairs, pairs, _all(pairs.type, 16)])
+
+    def conjugate(self, pairs: Value) -> Value:
+        """(x, -y) for (x, y)."""
+        return self.builder.xor(pairs, _all(pairs.type, 0x80000000))
+
+    def dot_pairs(self, left: Value, right: Value) -> Value:
+        """``x * u + y * v`` for (x, y) and (u, v), as float32. Of 16 pairs, with AVX512_BF16."""
+        pairs = ir.VectorType(_BFloat(), 32)
+        kind = ir.FunctionType(vector_of(16), [vector_of(16), pairs, pairs])
+        function = self._declared("llvm.x86.avx512bf16.dpbf16ps.512", kind)
+        both = [self.builder.bitcast(vector, pairs) for vector in (left, right)]
+        return self.builder.call(function, [ir.Constant(vector_of(16), [0.0] * 16), *both])
+
+    def _as_floats(self, vector: Value) -> Value:
+        return self.builder.bitcast(vector, vector_of(vector.type.count))
+
+    def _declared(self, name: str, kind: ir.FunctionType) -> Value:
+        return cgutils.get_or_insert_function(self.builder.module, kind, name)
 
     # LLVM may fuse a product and a sum where the machine can. Not "fast", which forbids NaN: lanes
     # of tokens that do not exist may hold any bits, and are thrown away.
@@ -74,11 +127,11 @@ class Vectors:
         mask = ir.Constant(ir.VectorType(INT32, len(lanes)), list(lanes))
         return self.builder.shuffle_vector(left, right, mask)
 
-    def lane_sums(self, vectors: Sequence[Value]) -> list[Value]:
-        """Sum over the lanes of each vector, in vectors of four sums, zeros behind the last one.
+    def sums_of_four(self, vectors: Sequence[Value]) -> list[Value]:
+        """Per four vectors one, whose lanes i, i + 4, ... add up to vector i's sum; zeros behind.
 
-        A transpose while adding: quarters of four lanes stay by themselves until the end, as
-        moving lanes within them is what a processor does best.
+        A transpose while adding: quarters of four lanes stay by themselves, as moving lanes within
+        them is what a processor does best.
         """
         zero = ir.Constant(vectors[0].type, [0.0] * vectors[0].type.count)
         found = []
@@ -86,7 +139,7 @@ class Vectors:
             four = vectors[start : start + 4]
             a, b, c, d = [*four, *[zero] * (4 - len(four))]
             pairs = self._add_interleaved(a, c), self._add_interleaved(b, d)
-            found.append(self._fold(self._add_interleaved(*pairs)))
+            found.append(self._add_interleaved(*pairs))
         return found
 
     def _add_interleaved(self, a: Value, b: Value) -> Value:
@@ -98,11 +151,3 @@ class Vectors:
             for half in ((0, 1), (2, 3))
         )  # fmt: skip
         return self.add(self.shuffle(a, b, low), self.shuffle(a, b, high))
-
-    def _fold(self, vector: Value) -> Value:
-        """Add halves onto each other until four lanes are left."""
-        while vector.type.count > 4:
-            half = vector.type.count // 2
-            low = self.shuffle(vector, vector, range(half))
-            vector = self.add(low, self.shuffle(vector, vector, range(half, 2 * half)))
-        return vector

@@ -1,6 +1,6 @@
 """Merged tokens of the decode kernel: entries, codes and norms as they lie in a region's blocks.
 
-Key entries stream, each is rotated once per token for all query heads; probabilities are added
+Key entries stream; each is rotated once per token for all query heads; probabilities are added
 onto the value entries, which are multiplied once at the end.
 
 Shapes: L query heads of one pass (lanes), D head size. Arrays are laid out in ``region_shape``.
@@ -17,10 +17,11 @@ from vllm_spindle.kernels.numba_softmax import (
     softmax_step,
 )
 from vllm_spindle.kernels.numba_vector import (
+    PART,
+    add_parts,
     add_rows,
     add_scaled,
     copy_bits,
-    load_row,
     prefetch,
     rotate_and_dot,
 )
@@ -28,6 +29,7 @@ from vllm_spindle.kernels.numba_vector import (
 POSITION_BITS = np.int32(region_shape.POSITION_BITS)
 EMPTY = np.uint16(region_shape.EMPTY)
 TILE = 512  # tokens per step of the online softmax: the scratch stays in the first cache
+STRETCH = 64  # tokens whose products are finished together
 AHEAD = 8  # tokens: how far ahead cosines are fetched; positions jump, so the hardware does not
 ROWS_AHEAD = 16  # entries: the hardware starts anew with every page and chunk
 
@@ -70,12 +72,34 @@ def _count_tokens(bits, run, position_at, num_slots):
 
 
 @inlined
-def _load_entry(dims, bits, run, code, entries, slot):
-    """A key entry, as float32, into the scratch."""
-    head_size = 16 * len(dims)
-    at, _ = _place(run, code * head_size)
-    prefetch(dims, bits, at + np.uint64(ROWS_AHEAD * head_size))
-    load_row(dims, bits, at, entries, slot)
+def _multiply_entries(dims, lanes, bits, run, codes, cos_sin, positions, queries, scales, products,
+                      count):  # fmt: skip
+    """products[t] = scale t * (entry of token t, rotated at its position) . queries."""
+    head_size, num_lanes = 16 * len(dims), len(lanes)
+    d, step = np.uint64(head_size), np.uint64(num_lanes)
+    size = PART * ((num_lanes + 3) // 4)
+    parts = scratch((STRETCH + 1) * size)
+    # Tokens go in pairs; the last of an odd number has itself for company.
+    codes[count], positions[count] = codes[count - 1], 0
+    for start in range(0, count, STRETCH):
+        stop = min(start + STRETCH, count)
+        for first in range(start, stop, 2):
+            t, at = np.uint64(first), np.uint64((first - start) * size)
+            other = t + np.uint64(1)
+            for i in range(2):
+                ahead = positions[t + np.uint64(AHEAD + i)]
+                prefetch(dims, cos_sin, np.uint64(ahead) * d)
+            one_at, _ = _place(run, np.int64(codes[t]) * head_size)
+            other_at, _ = _place(run, np.int64(codes[other]) * head_size)
+            prefetch(dims, bits, other_at + np.uint64(ROWS_AHEAD * head_size))
+            rotate_and_dot(
+                dims, lanes, bits, one_at, other_at, cos_sin,
+                np.uint64(positions[t]) * d, np.uint64(positions[other]) * d,
+                queries, parts, at,
+            )  # fmt: skip
+        for token in range(start, stop):
+            t, at = np.uint64(token), np.uint64((token - start) * size)
+            add_parts(dims, lanes, parts, at, scales[t], products, t * step)
 
 
 @inlined
@@ -101,7 +125,7 @@ def attend_region(dims, lanes, bits, run, shape, cos_sin, queries, scale, peaks,
                   factors, out):  # fmt: skip
     """Merged tokens of one kv head. run: see ``_place``; shape: key, value entries, slots."""
     head_size, num_lanes = 16 * len(dims), len(lanes)
-    d, step = np.uint64(head_size), np.uint64(num_lanes)
+    step = np.uint64(num_lanes)
     num_key_entries, num_value_entries, num_slots = shape[0], shape[1], shape[2]
     # Elements where the per-token arrays start; see ``region_shape``.
     array_size = (num_slots + head_size - 1) // head_size * head_size
@@ -113,12 +137,10 @@ def attend_region(dims, lanes, bits, run, shape, cos_sin, queries, scale, peaks,
     # Zeros behind the tile: prefetching may look there, which costs nothing.
     positions = np.zeros(TILE + AHEAD + 2, np.int32)
     halves = np.empty(2 * TILE, np.uint16)
-    scales = np.empty(TILE + 1, np.float32)
+    scales = np.empty(TILE, np.float32)
     products = scratch((TILE + 17) * num_lanes)
-    entries = scratch(2 * head_size)
     weights = scratch(num_value_entries * num_lanes)
     weights[:] = 0
-    slot, loaded = np.uint64(0), -1
     for start in range(0, num_tokens, TILE):
         count = min(TILE, num_tokens - start)
         array = key_code_at + start
@@ -131,26 +153,9 @@ def attend_region(dims, lanes, bits, run, shape, cos_sin, queries, scale, peaks,
             high = np.int32(halves[2 * t + 1]) << POSITION_BITS
             positions[t] = high + np.int32(halves[2 * t])
         _copy_run(bits, run, array + 3 * array_size, norms, count)
-        # Tokens go in pairs; the last of an odd number has itself for company.
-        codes[count], positions[count], scales[count] = codes[count - 1], 0, scales[count - 1]
-        for pair in range((count + 1) // 2):
-            t = np.uint64(2 * pair)
-            other = t + np.uint64(1)
-            for i in range(2):
-                ahead = positions[t + np.uint64(AHEAD + i)]
-                prefetch(dims, cos_sin, np.uint64(ahead) * d)
-            code = np.int64(codes[t])
-            if code != loaded:
-                _load_entry(dims, bits, run, code, entries, slot * d)
-            first, loaded = slot, np.int64(codes[other])
-            if code != loaded:
-                slot = np.uint64(1) - slot
-                _load_entry(dims, bits, run, loaded, entries, slot * d)
-            rotate_and_dot(
-                dims, lanes, entries, first * d, slot * d, cos_sin,
-                np.uint64(positions[t]) * d, np.uint64(positions[other]) * d,
-                queries, scales[t], scales[other], products, t * step,
-            )  # fmt: skip
+        _multiply_entries(
+            dims, lanes, bits, run, codes, cos_sin, positions, queries, scales, products, count
+        )
         if softmax_step(lanes, products, count, peaks, totals, factors) and start:
             scale_lanes(lanes, weights, factors)
         for i in range(count):

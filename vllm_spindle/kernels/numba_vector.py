@@ -2,12 +2,14 @@
 
 LLVM's own vectoriser reloads the queries and sums the lanes of each product separately: a third
 slower. So the loops are written out with LLVM's portable vector types, which it lowers to AVX-512,
-AVX2 or NEON. (BF16 dot products, by assembly, gained another tenth on Zen 4: not worth a second
-path that rounds the rotated keys.)
+AVX2 or NEON. One thing is not portable: products of pairs of bf16, which turn an entry in half the
+steps where the rotary table is bf16 too. Rotated keys are never rounded.
 
 Arrays are flat and float32, or uint16 for bf16 bits; offsets are uint64. ``dims`` and ``lanes``
 are tuples whose lengths carry D / 16 and L into the compiled code.
 """
+
+import functools
 
 from llvmlite import ir
 from numba import types
@@ -19,6 +21,7 @@ from vllm_spindle.kernels.llvm_vectors import FLOAT, INT32, INT64, Vectors, vect
 PREFETCH_READ, PREFETCH_ALL_LEVELS, PREFETCH_DATA = 0, 3, 1
 INDEX, NUMBER = types.uint64, types.float32
 LINE_BYTES = 64
+PART = 16  # numbers that the products of an entry with four queries are left in
 UNROLL = 8  # dimensions per turn of ``dot_columns``
 
 
@@ -78,47 +81,41 @@ def copy_bits(typing_context, bits, at, out, at_out, count):
 
 
 @intrinsic
-def load_row(typing_context, dims, bits, at, out, at_out):
-    """``out[at_out + d] = bits[at + d]`` from bf16 to float32."""
-
-    def emit(context, builder, signature, arguments):
-        v = Vectors(context, builder)
-        source, target = (v.data(signature.args[i], arguments[i]) for i in (1, 3))
-        for dim in range(0, 16 * len(dims), 16):
-            row = v.load_bf16(v.at(source, arguments[2], dim), 16)
-            v.store(row, v.at(target, arguments[4], dim))
-        return context.get_dummy_value()
-
-    return types.void(dims, bits, INDEX, out, INDEX), emit
-
-
-@intrinsic
-def rotate_and_dot(typing_context, dims, lanes, entries, first, second, table, at_first, at_second,
-                   queries, first_scale, second_scale, out, at_out):  # fmt: skip
+def rotate_and_dot(typing_context, dims, lanes, bits, first, second, table, at_first, at_second,
+                   queries, out, at_out):  # fmt: skip
     """Rotate two entries, each at its own position, and multiply both with all queries.
 
-    ``out[at_out + t * L + g] = scale t * rotate(entry t, position t) . query g`` for t in 0, 1.
+    The products of a query with an entry are left as some sums each; ``add_parts`` adds them.
 
     Args:
-        entries: scratch rows; ``first`` and ``second`` are the offsets of the two entries.
-        table: rows of D / 2 cosines and D / 2 sines; ``at_first``, ``at_second``: the positions'.
+        bits: entries of D / 2 pairs (i, i + D / 2), bf16; they start at ``first`` and ``second``.
+        table: rows of D / 2 cosines and D / 2 sines, float32; or of D / 2 pairs of a cosine and a
+            sine, bf16, on a processor with AVX512_BF16 and for D a multiple of 32: it adds the
+            products of such pairs, which are exact. ``at_first``, ``at_second``: the positions'.
         queries: [L * D].
-        out: where the 2 * L products go.
+        out: where the sums of both entries go, ``PART`` for each four lanes of an entry.
     """
     head_size, num_lanes = 16 * len(dims), len(lanes)
     half = head_size // 2
     width = 8 if half % 16 else 16
+    is_paired = table.dtype == types.uint16
 
     def emit(context, builder, signature, arguments):
         v = Vectors(context, builder)
-        entry_data, turns, query_data, out_data = (
-            v.data(signature.args[i], arguments[i]) for i in (2, 5, 8, 11)
+        entries, turns, query_data, out_data = (
+            v.data(signature.args[i], arguments[i]) for i in (2, 5, 8, 9)
         )
 
         def rotated(entry, position) -> list:
             low, high = [], []
             for i in range(0, half, width):
-                x, y = (v.load(v.at(entry_data, entry, i + j), width) for j in (0, half))
+                pairs = v.load_pairs(v.at(entries, entry, 2 * i), width)
+                if is_paired:
+                    turn = v.load_pairs(v.at(turns, position, 2 * i), width)
+                    low.append(v.dot_pairs(pairs, v.conjugate(turn)))
+                    high.append(v.dot_pairs(pairs, v.swapped(turn)))
+                    continue
+                x, y = v.first(pairs), v.second(pairs)
                 cos, sin = (v.load(v.at(turns, position, i + j), width) for j in (0, half))
                 low.append(v.sub(v.mul(x, cos), v.mul(y, sin)))
                 high.append(v.add(v.mul(y, cos), v.mul(x, sin)))
@@ -132,18 +129,40 @@ def rotate_and_dot(typing_context, dims, lanes, entries, first, second, table, a
                 query = v.load(where, width)
                 for key, total in zip(keys, sums, strict=True):
                     total[lane] = v.add(total[lane], v.mul(key[part], query))
-        scales = v.shuffle(v.splat(arguments[9], 1), v.splat(arguments[10], 1), (0, 1))
-        for start, four in zip(
-            range(0, 2 * num_lanes, 4), v.lane_sums(sums[0] + sums[1]), strict=True
-        ):
-            token_of = [index // num_lanes for index in range(start, min(start + 4, 2 * num_lanes))]
-            products = v.shuffle(four, four, range(len(token_of)))
-            scaled = v.mul(products, v.shuffle(scales, scales, token_of))
-            v.store(scaled, v.at(out_data, arguments[12], start))
+        groups = [four for of_key in sums for four in v.sums_of_four(of_key)]
+        for i, group in enumerate(groups):
+            v.store(group, v.at(out_data, arguments[10], i * PART))
         return context.get_dummy_value()
 
-    arrays = (entries, INDEX, INDEX, table, INDEX, INDEX, queries, NUMBER, NUMBER, out, INDEX)
-    return types.void(dims, lanes, *arrays), emit
+    return types.void(
+        dims, lanes, bits, INDEX, INDEX, table, INDEX, INDEX, queries, out, INDEX
+    ), emit
+
+
+@intrinsic
+def add_parts(typing_context, dims, lanes, parts, at, scale, out, at_out):
+    """``out[at_out + g] = scale * product with query g``, from what ``rotate_and_dot`` left.
+
+    Writes up to three numbers more. Apart from it, since adding the quarters of a vector is a chain
+    of short steps, and from memory there is nothing to move between lanes.
+    """
+    num_lanes = len(lanes)
+    width = 8 if len(dims) % 2 else 16
+
+    def emit(context, builder, signature, arguments):
+        v = Vectors(context, builder)
+        source, target = (v.data(signature.args[i], arguments[i]) for i in (2, 5))
+        scale = v.splat(arguments[4], 4)
+        for i, lane in enumerate(range(0, num_lanes, 4)):
+            quarters = [
+                v.load(v.at(source, arguments[3], i * PART + start), 4)
+                for start in range(0, width, 4)
+            ]
+            total = functools.reduce(v.add, quarters)
+            v.store(v.mul(total, scale), v.at(target, arguments[6], lane))
+        return context.get_dummy_value()
+
+    return types.void(dims, lanes, parts, INDEX, NUMBER, out, INDEX), emit
 
 
 @intrinsic

@@ -86,7 +86,7 @@ def pack_region(
         _check_fits("keys", keys, shape.num_key_entries, len(places))
         _check_fits("values", values, shape.num_value_entries, len(places))
         order, key_codes, first_seen = _by_first_token(keys.codes, len(keys.entries))
-        rows[head, : len(keys.entries)] = _bits(keys.entries[first_seen])
+        rows[head, : len(keys.entries)] = _bits(_paired(keys.entries[first_seen]))
         first = shape.num_key_entries
         rows[head, first : first + len(values.entries)] = _bits(values.entries)
         arrays = {
@@ -125,7 +125,7 @@ def unpack_region(kv_cache: Tensor, block_ids: Tensor, shape: RegionShape) -> Re
     first, stop = shape.num_key_entries, shape.num_key_entries + shape.num_value_entries
     low, high = array(POSITIONS, torch.int16).long().view(num_kv_heads, -1, 2).unbind(-1)
     return RegionContent(
-        key_entries=rows[:, :first],
+        key_entries=_unpaired(rows[:, :first]),
         value_entries=rows[:, first:stop],
         key_codes=array(KEY_CODES, torch.uint16).long(),
         value_codes=array(VALUE_CODES, torch.uint16).long(),
@@ -169,6 +169,16 @@ def _span(shape: RegionShape, name: int) -> tuple[int, int]:
     """Elements [start, stop) of a per-token array in a head's run."""
     start = shape.array_first_rows[name] * shape.head_size
     return start, start + ARRAY_ELEMENTS[name] * shape.num_tokens
+
+
+def _paired(entries: Tensor) -> Tensor:
+    """The dimensions i and i + D / 2, which turn together, side by side. [., D]."""
+    return torch.stack(entries.chunk(2, dim=-1), dim=-1).flatten(-2)
+
+
+def _unpaired(entries: Tensor) -> Tensor:
+    """The reverse of ``_paired``."""
+    return torch.cat([entries[..., ::2], entries[..., 1::2]], dim=-1)
 
 
 def _bits(entries: Tensor) -> Tensor:

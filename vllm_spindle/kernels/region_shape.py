@@ -4,7 +4,8 @@ A block holds, per kv head, one contiguous chunk: 2 * block_size rows of D 16-bi
 chunks of a region's R blocks, in order, are one long run of rows per kv head (chunks are not
 adjacent in memory). On it lie, each starting on a row:
 
-    key entries   [E_K, D] bf16, unit vectors before RoPE
+    key entries   [E_K, D / 2, 2] bf16, unit vectors before RoPE; dimensions i and i + D / 2, which
+                  RoPE turns together, lie side by side
     value entries [E_V, D] bf16, unit vectors
     key codes     [N] uint16     value codes [N] uint16
     key norms     [N] float16    value norms [N] float16

@@ -101,9 +101,9 @@ def _load_merged(
     half_dims = tl.arange(0, HALF_PAD)
     in_half = seen[:, None] & (half_dims < D // 2)[None, :]
     at = _in_run(key_codes * D, seen, head_ptr, table_ptr, stride_block, stride_slot, N, D)
-    at = at[:, None] + half_dims[None, :]
+    at = at[:, None] + 2 * half_dims[None, :]
     one = _load_16(at, in_half, tl.bfloat16)
-    other = _load_16(at + D // 2, in_half, tl.bfloat16)
+    other = _load_16(at + 1, in_half, tl.bfloat16)
     at = cos_sin_ptr + positions.to(tl.int64)[:, None] * stride_cos_sin + half_dims[None, :]
     cos = tl.load(at, mask=in_half, other=0).to(tl.float32)
     sin = tl.load(at + D // 2, mask=in_half, other=0).to(tl.float32)

@@ -6,13 +6,15 @@ the plan shows.
 
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from vllm_spindle.core.codebook import Codebook
 from vllm_spindle.core.reference import attend_codebook
-from vllm_spindle.kernels.decode import DecodeRows, RegionDecoder, num_lanes
+from vllm_spindle.kernels import decode
+from vllm_spindle.kernels.decode import DecodeRows, RegionDecoder, num_lanes, turning_table
 from vllm_spindle.kernels.region import pack_region
 from vllm_spindle.kernels.region_shape import RegionShape
 
@@ -66,14 +68,25 @@ def _row(
     )
 
 
-def _check(rows: list[Row], block_size: int, *, index=None, num_threads: int = 1) -> None:
+def _cos_sin(head_size: int) -> Tensor:
+    angles = torch.arange(NUM_POSITIONS).unsqueeze(1) * 1e4 ** -torch.linspace(0, 1, head_size // 2)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def _check(
+    rows: list[Row],
+    block_size: int,
+    *,
+    index=None,
+    num_threads: int = 1,
+    table_dtype: torch.dtype = torch.bfloat16,
+) -> None:
     """Lay the rows out in one cache, run the kernel, compare with the oracle.
 
     ``index``: permuted offsets of keys and values inside a chunk, for packings that are not vec.
     """
     num_heads, head_size = rows[0].tail[0].shape[1:]
-    angles = torch.arange(NUM_POSITIONS).unsqueeze(1) * 1e4 ** -torch.linspace(0, 1, head_size // 2)
-    cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1)
+    cos_sin = _cos_sin(head_size).to(table_dtype)
     regions = [row.shape.num_blocks if row.shape else 0 for row in rows]
     tails = [-(-len(row.tail[0]) // block_size) for row in rows]
     prefixes = [len(row.prefix[0]) // block_size for row in rows]
@@ -131,20 +144,45 @@ def _counts(shape: RegionShape | None) -> list[int]:
     return [shape.num_key_entries, shape.num_value_entries, shape.num_tokens]
 
 
+SIZES = (
+    (1, 1, 1, (1, 1)),
+    (33, 31, 1, (7, 9)),
+    (511, 32, 2, (100, 130)),
+    (1025, 33, 3, (301, 57)),
+    (1400, 75, 1, (450, 501)),
+)
+"""Tokens, tail, query tokens, entries: odd, tiles of the softmax crossed, several tails."""
+
+
 @pytest.mark.parametrize("head_size", [32, 64, 128])
 @pytest.mark.parametrize("group", [1, 4])
 def test_equals_the_oracle(head_size: int, group: int) -> None:
-    """Odd sizes, tiles of the softmax crossed, several tail lengths, several query tokens."""
+    """With vLLM's own table of a bf16 model."""
     torch.manual_seed(head_size + group)
-    for num_tokens, num_tail, num_queries, entries in (
-        (1, 1, 1, (1, 1)),
-        (33, 31, 1, (7, 9)),
-        (511, 32, 2, (100, 130)),
-        (1025, 33, 3, (301, 57)),
-        (1400, 75, 1, (450, 501)),
-    ):
+    for num_tokens, num_tail, num_queries, entries in SIZES:
         row = _row(num_tokens, num_tail, num_queries, 2, group, head_size, entries, 32)
         _check([row], 32)
+
+
+@pytest.mark.parametrize("why", ["table of float32", "no such products"])
+def test_equals_the_oracle_without_products_of_bf16(why: str, monkeypatch) -> None:
+    """The way for other processors and tables."""
+    torch.manual_seed(9)
+    if why == "no such products":
+        monkeypatch.setattr(decode, "HAS_BF16_PRODUCTS", False)
+    dtype = torch.float32 if why == "table of float32" else torch.bfloat16
+    for num_tokens, num_tail, num_queries, entries in SIZES:
+        row = _row(num_tokens, num_tail, num_queries, 2, 4, 64, entries, 32)
+        _check([row], 32, table_dtype=dtype)
+
+
+@pytest.mark.skipif(not decode.HAS_BF16_PRODUCTS, reason="a processor without AVX512_BF16")
+def test_products_of_bf16_only_where_exact() -> None:
+    """A table that bf16 cannot hold, or a head of an odd number of vectors, stays float32."""
+    assert turning_table(_cos_sin(64).bfloat16()).dtype == np.uint16
+    assert turning_table(_cos_sin(64).bfloat16().float()).dtype == np.uint16
+    assert turning_table(_cos_sin(64)).dtype == np.float32
+    assert turning_table(_cos_sin(80).bfloat16()).dtype == np.float32
 
 
 def test_capacity_of_one() -> None:

@@ -6,12 +6,13 @@ A sample of a file is one JSON object a line (or one element of a JSON list):
                                          {"from": "gpt", "value": "A cat."}, ...]}
 
 Every human turn becomes a question of its own about the picture, without the turns before it:
-that is how one request meets a server. Samples without a picture are left out.
+that is how one request meets a server. Samples without a picture are left out. A sample may have a
+"type", which a recipe can weigh its questions by.
 """
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +34,7 @@ class Turn:
 
     question: str
     answer: str
+    type: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,11 @@ class Sample:
 
 class Source(Protocol):
     """Samples by number: the same number gives the same sample."""
+
+    @property
+    def types(self) -> Collection[str]:
+        """Types of question there are."""
+        ...
 
     def __len__(self) -> int:
         """Samples there are."""
@@ -63,6 +70,11 @@ class ShapesSource:
         """Args: world: what kind of picture."""
         self._world = world
 
+    @property
+    def types(self) -> Collection[str]:
+        """Types of question there are."""
+        return shapes.TYPES
+
     def __len__(self) -> int:
         """More than any run takes."""
         return NUM_SCENES
@@ -73,7 +85,7 @@ class ShapesSource:
         asker = shapes.Asker(scene, random.Random(f"train {index}"))
         types = [shapes.TYPES[i % len(shapes.TYPES)] for i in range(NUM_SHAPES_QUESTIONS)]
         questions = [asker.ask(kind) for kind in types]
-        turns = tuple(Turn(f"{PLACEHOLDER}\n{q.text}", q.answer) for q in questions)
+        turns = tuple(Turn(f"{PLACEHOLDER}\n{q.text}", q.answer, q.type) for q in questions)
         return Sample(f"scene {index}", (scenes.draw(scene),), turns)
 
 
@@ -87,6 +99,7 @@ class FileSource:
             ValueError: if it cannot be read, or a sample is not of the format: file and line.
         """
         self._path, self._images = Path(path), Path(images)
+        self.types: set[str] = set()
         self._spans: list[tuple[int, int]] = []
         self._loaded: list[Any] | None = None
         try:
@@ -150,7 +163,7 @@ class FileSource:
         said = sample.get("conversations")
         try:
             turns = tuple(
-                Turn(human["value"], answer["value"])
+                Turn(human["value"], answer["value"], str(sample.get("type", "")))
                 for human, answer in zip(said[::2], said[1::2], strict=True)
                 if (human["from"], answer["from"]) == ("human", "gpt")
             )
@@ -161,6 +174,7 @@ class FileSource:
                 f"{self._path}, {where}: 'conversations' must be human and gpt in turn, each "
                 '{"from": ..., "value": ...}'
             )
+        self.types.add(turns[0].type)
         return turns
 
     def _picture(self, path: str) -> Image.Image:
@@ -177,6 +191,26 @@ def open_source(recipe: DataRecipe) -> Source:
         return ShapesSource(scenes.WORLDS[recipe.kind])
     assert recipe.path is not None
     return FileSource(recipe.path, recipe.images)
+
+
+def draw_turns(
+    turns: Sequence[Turn], num_drawn: int, weights: Mapping[str, float], *, seed: int
+) -> list[Turn]:
+    """Some of a sample's questions, each at most once, those of heavier types more readily.
+
+    Args:
+        turns: to draw from.
+        num_drawn: at most as many as there are.
+        weights: type -> weight, 1 where not named.
+        seed: of the draw.
+    """
+    rng = random.Random(seed)
+    if not weights:
+        return rng.sample(turns, num_drawn)
+    # Efraimidis and Spirakis, 2006: the highest of u ** (1 / w), u uniform.
+    keys = [rng.random() ** (1 / weights.get(turn.type, 1.0)) for turn in turns]
+    order = sorted(range(len(turns)), key=keys.__getitem__, reverse=True)
+    return [turns[i] for i in order[:num_drawn]]
 
 
 def draw_indices(num_samples: int, step: int, num_drawn: int, *, seed: str) -> list[int]:

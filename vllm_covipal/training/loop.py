@@ -27,7 +27,7 @@ from vllm_covipal.core.pruner_files import load_pruning_module, save_pruning_mod
 from vllm_covipal.training import checkpoint, stages
 from vllm_covipal.training.checkpoint import Progress
 from vllm_covipal.training.curves import Curve
-from vllm_covipal.training.data import Sample, Source, Turn, draw_indices
+from vllm_covipal.training.data import Sample, Source, Turn, draw_indices, draw_turns
 from vllm_covipal.training.encode import Encoder
 from vllm_covipal.training.lvlm import decoder, default_guide_layer
 from vllm_covipal.training.recipe import StageRecipe, TrainRecipe
@@ -97,6 +97,7 @@ def train(
     started, started_on_cpu = time.perf_counter(), time.process_time()
     out = Path(recipe.out)
     guide_layer = _guide_layer(recipe, model)
+    _check_types(recipe, source)
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
         if restart:
@@ -140,6 +141,16 @@ def _guide_layer(recipe: TrainRecipe, model: Any) -> int:
     if given is not None and given >= num_layers:
         raise ValueError(f"stage1.guide_layer must be in [0, {num_layers}), got {given}")
     return default_guide_layer(model) if given is None else given
+
+
+def _check_types(recipe: TrainRecipe, source: Source) -> None:
+    for name, stage in (("stage1", recipe.stage1), ("stage2", recipe.stage2)):
+        unknown = sorted(set(stage.type_weights) - set(source.types))
+        if unknown:
+            known = ", ".join(sorted(source.types)) or "no types"
+            raise ValueError(
+                f"{name}.type_weights: no sample is of type {unknown[0]!r}; the data have {known}"
+            )
 
 
 def _new_module(recipe: TrainRecipe, model: Any, model_name: str) -> PruningModule:
@@ -273,7 +284,7 @@ class _Reader:
     def _read(self, index: int, seed: int) -> tuple[Sample, list[Turn]]:
         sample = self._run.source[index]
         count = min(self._recipe.questions, len(sample.turns))
-        return sample, random.Random(seed).sample(sample.turns, count)
+        return sample, draw_turns(sample.turns, count, self._recipe.type_weights, seed=seed)
 
 
 def learning_rate(recipe: StageRecipe, step: int) -> float:

@@ -69,6 +69,11 @@ class StageRecipe(Section):
     warmup_steps: Annotated[int, Field(ge=0)] = Field(20, description="of a linear rise")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="AdamW's")
     max_grad_norm: Positive = Field(1.0, description="gradients are clipped to this length")
+    type_weights: dict[str, Positive] = Field(
+        {},
+        description="type of question -> how readily it is drawn, 1 where not named; a file's "
+        "samples name theirs by 'type'",
+    )
 
 
 class Stage1Recipe(StageRecipe):

@@ -1,6 +1,7 @@
 """Samples from files and from scenes, and the order they are drawn in."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 
 import tiny_lvlm
 from vllm_covipal.evaluation import shapes
-from vllm_covipal.training.data import FileSource, ShapesSource, Turn, draw_indices
+from vllm_covipal.training.data import FileSource, ShapesSource, Turn, draw_indices, draw_turns
 
 GOOD = [
     {
@@ -104,3 +105,24 @@ def test_scenes_are_training_scenes_and_repeat() -> None:
     assert one.turns == again.turns and len(one.turns) == 16
     assert one.images[0].tobytes() == again.images[0].tobytes()
     assert all(0 <= i < len(source) for i in draw_indices(len(source), 7, 50, seed="s"))
+
+
+def test_heavier_types_are_drawn_more_readily() -> None:
+    """Each question once, none lost, in proportion for the first; without weights as ever."""
+    turns = [Turn(f"{kind} {i}", "", kind) for kind in ("count", "other") for i in range(4)]
+    drawn = [draw_turns(turns, 3, {"count": 4.0}, seed=seed) for seed in range(2000)]
+    assert all(len(set(some)) == 3 for some in drawn)
+    share = sum(some[0].type == "count" for some in drawn) / len(drawn)
+    assert abs(share - 4 / 5) < 0.04
+    assert set(draw_turns(turns, 8, {"count": 4.0}, seed=1)) == set(turns)
+    assert draw_turns(turns, 3, {}, seed=5) == random.Random(5).sample(turns, 3)
+    assert draw_turns(turns, 3, {"count": 4.0}, seed=5) == draw_turns(
+        turns, 3, {"count": 4.0}, seed=5
+    )
+
+
+def test_types_of_a_file(tmp_path: Path) -> None:
+    """A sample's type is that of all its questions; those without have an empty one."""
+    source = FileSource(_write(tmp_path, [GOOD[0] | {"type": "chart"}, GOOD[2]]), str(tmp_path))
+    assert source.types == {"chart", ""}
+    assert {turn.type for turn in source[0].turns} == {"chart"}

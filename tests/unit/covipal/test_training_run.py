@@ -26,6 +26,8 @@ STEPS = 4
 class Pictures:
     """Twelve random pictures, two questions about each."""
 
+    types = ("",)
+
     def __len__(self) -> int:
         return 12
 
@@ -241,3 +243,12 @@ def test_what_is_wrong_with_a_run_is_one_line(tmp_path: Path, capsys: Any) -> No
         assert cli.main([*run, *arguments]) == 2
         said = capsys.readouterr().err
         assert words in said and said.count("\n") == 1
+
+
+def test_weights_of_unknown_types_are_refused(tmp_path: Path) -> None:
+    """Before anything is trained, with what there is instead."""
+    recipe = _recipe(tmp_path)
+    stage = recipe.stage2.model_copy(update={"type_weights": {"counting": 4.0}})
+    with pytest.raises(ValueError, match=r"stage2\.type_weights: .* 'counting'; the data have"):
+        _train("llava", recipe.model_copy(update={"stage2": stage}))
+    assert not list(tmp_path.iterdir())

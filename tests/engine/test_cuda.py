@@ -96,12 +96,6 @@ def configure(model: str) -> dict[str, Any]:
         found["reserved"] = reserved_bytes(config)
         found["lines"], lines[:] = list(lines), []
         found |= _profiled(config, lines)
-    graphs = SimpleNamespace(has_full_cudagraphs=lambda: True)
-    measured = SpindleConfig(**ON, budget="measured", head_shares=HEAD_SHARES)
-    for mode in (config.compilation_config.cudagraph_mode, graphs):
-        with patch.object(config.compilation_config, "cudagraph_mode", mode):
-            said = [str(each) for each in refusals._profile(config, measured)]
-            found["captured" if mode is graphs else "eager"] = said
     return {**found, **_classes(config, layers, platform)}
 
 
@@ -201,13 +195,6 @@ def test_a_profile_that_cuda_cannot_use_is_named(
     assert f"the profile {named} is not used" in warning
     assert "uniform" in warning
     assert len(found["profile uniform"]) == 1
-
-
-def test_measured_budgets_are_refused_in_graphs(found: dict[str, Any]) -> None:
-    """Wherever a forward may be captured; by name, with the way out."""
-    assert found["eager"] == []
-    (message,) = found["captured"]
-    assert "budget=measured" in message and "--enforce-eager" in message
 
 
 def test_the_backend_asked_for_is_the_one_we_derive_from(found: dict[str, Any]) -> None:

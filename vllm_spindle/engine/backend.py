@@ -6,6 +6,7 @@ aside; everything else, kernels included, stays stock.
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -17,9 +18,11 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
 
 from vllm_spindle.engine.active import active_reduction
-from vllm_spindle.engine.graphs import may_be_captured
+from vllm_spindle.engine.graphs import may_be_captured, may_hold_prompts
 from vllm_spindle.engine.head_table import HeadTable, pages
+from vllm_spindle.engine.one_kv_head import for_one_kv_head
 from vllm_spindle.engine.region_rows import RegionRows
+from vllm_spindle.engine.shared_head_table import SharedHeadTable
 from vllm_spindle.engine.shifted_table import ShiftedTable
 from vllm_spindle.engine.spec import SpindleSpec
 from vllm_spindle.engine.step import HeadRows
@@ -55,12 +58,12 @@ class HeadMetadata:
     """Measured budgets: per layer, the stock metadata of a batch with a row for each kv head.
 
     Attributes:
-        per_layer: by layer index.
+        of_layer: by layer index, within the layer's attention call: it may fill buffers.
         num_kv_heads: of this rank (K).
-        num_actual_tokens: of the step (T).
+        num_actual_tokens: of the step (T); with padding, in a captured graph.
     """
 
-    per_layer: dict[int, Any]
+    of_layer: Callable[[int], Any]
     num_kv_heads: int
     num_actual_tokens: int
 
@@ -86,19 +89,30 @@ class SpindleBuilderMixin:
         block_size, max_rows = kv_cache_spec.block_size, vllm_config.scheduler_config.max_num_seqs
         self._band = kv_cache_spec.band
         self._is_unfold = policy.config.gqa == "unfold"
+        # What is captured must be the same, whichever rows are reduced when it is replayed.
+        self._may_be_captured = may_be_captured(vllm_config.compilation_config)
+        self._compilation = vllm_config.compilation_config
+        self._layers = policy.bands[self._band]
+        self._num_kv_heads = kv_cache_spec.num_kv_heads
         self._head_tables: dict[int, HeadTable] = {}
+        self._shared_head_table: SharedHeadTable | None = None
         if policy.profile is not None:
-            self._head_tables = {
-                layer_idx: HeadTable(layer, kv_cache_spec.num_kv_heads, block_size)
-                for layer, layer_idx in enumerate(policy.bands[self._band])
-            }
+            size = self._num_kv_heads, block_size
+            # vLLM's attention for CPUs plans from each layer's lengths, before the forward.
+            if self._may_be_captured or device.type != "cpu":
+                self._shared_head_table = SharedHeadTable(
+                    len(self._layers), *size, max_rows, device
+                )
+            else:
+                self._head_tables = {
+                    layer_idx: HeadTable(layer, *size)
+                    for layer, layer_idx in enumerate(self._layers)
+                }
         num_copies = policy.num_queries_per_kv if self._is_unfold else 1
         self._tables = [ShiftedTable(i, block_size, max_rows) for i in range(num_copies)]
         self._regions: RegionRows | None = None
         if policy.method_of_band(self._band) != "evict":
             self._regions = RegionRows(block_size, max_rows, device)
-        # What is captured must be the same, whichever rows are reduced when it is replayed.
-        self._may_be_captured = may_be_captured(vllm_config.compilation_config)
 
     def build(
         self,
@@ -107,8 +121,10 @@ class SpindleBuilderMixin:
         fast_build: bool = False,
     ) -> Any:
         reduction = active_reduction()
+        heads = reduction.step.heads[self._band] if reduction is not None else None
+        if self._shared_head_table is not None:
+            return self._build_shared_heads(self._shared_head_table, common_attn_metadata, heads)
         if self._head_tables:
-            heads = reduction.step.heads[self._band] if reduction is not None else None
             if heads is None:
                 return super().build(common_prefix_len, common_attn_metadata, fast_build)
             return self._build_heads(common_attn_metadata, heads, fast_build)
@@ -133,7 +149,8 @@ class SpindleBuilderMixin:
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
         """As the stock builder does it, where its metadata is what we hand out."""
-        if self._regions is None and not self._is_unfold:
+        is_stock = self._regions is None and self._shared_head_table is None
+        if is_stock and not self._is_unfold:
             return super().build_for_cudagraph_capture(common_attn_metadata)
         return self.build(0, common_attn_metadata)
 
@@ -141,17 +158,39 @@ class SpindleBuilderMixin:
         self, common: CommonAttentionMetadata, rows: HeadRows, fast_build: bool
     ) -> "HeadMetadata":
         """A row for each kv head, layer by layer."""
-        per_layer = copy.copy(self)
-        per_layer.num_heads, per_layer.num_kv_heads = self.num_heads // self.num_kv_heads, 1
-        stock_build = super(SpindleBuilderMixin, per_layer).build
-        return HeadMetadata(
-            {
-                layer_idx: stock_build(0, table.split(common, rows), fast_build)
-                for layer_idx, table in self._head_tables.items()
-            },
-            self.num_kv_heads,
-            common.num_actual_tokens,
+        stock_build, apart = self._build_one_kv_head(), self._pages_apart()
+        per_layer = {
+            layer_idx: stock_build(0, table.split(common, rows, apart), fast_build)
+            for layer_idx, table in self._head_tables.items()
+        }
+        return HeadMetadata(per_layer.__getitem__, self._num_kv_heads, common.num_actual_tokens)
+
+    def _build_shared_heads(
+        self, table: SharedHeadTable, common: CommonAttentionMetadata, rows: HeadRows | None
+    ) -> "HeadMetadata":
+        """The same metadata for every layer, over a table that each layer makes its own."""
+        batch = table.batch(
+            common, rows, self._pages_apart(), with_rest=may_hold_prompts(self._compilation)
         )
+        # Fast: without FlashAttention 3's plan, which would be of one layer's lengths.
+        stock = self._build_one_kv_head()(0, batch.split, True)
+
+        def of_layer(layer_idx: int) -> Any:
+            batch.fill(self._layers.index(layer_idx))
+            return stock
+
+        return HeadMetadata(of_layer, self._num_kv_heads, common.num_actual_tokens)
+
+    def _build_one_kv_head(self) -> Callable[..., Any]:
+        """The stock builder's ``build``, for rows of one kv head."""
+        single = for_one_kv_head(self, self._num_kv_heads)
+        build: Callable[..., Any] = super(SpindleBuilderMixin, single).build
+        return build
+
+    def _pages_apart(self) -> int:
+        """In the caches of this band's layers, which are laid out alike."""
+        layer = self._compilation.static_forward_context[self.layer_names[0]]
+        return pages(layer.kv_cache)[1]
 
     def _build_unfold(
         self, common_prefix_len: int, shifted: list[CommonAttentionMetadata], fast_build: bool
@@ -194,7 +233,7 @@ class SpindleImplMixin:
             decoder(query[:num_tokens], output[:num_tokens], kv_cache, attn_metadata.rows)
             return output
         if isinstance(attn_metadata, HeadMetadata):
-            metadata = attn_metadata.per_layer[extract_layer_index(layer.layer_name)]
+            metadata = attn_metadata.of_layer(extract_layer_index(layer.layer_name))
             num_tokens, num_heads = attn_metadata.num_actual_tokens, attn_metadata.num_kv_heads
             # [T, K * G, D] -> [K * T, G, D], kv head after kv head.
             by_head = query[:num_tokens].unflatten(1, (num_heads, -1)).transpose(0, 1)

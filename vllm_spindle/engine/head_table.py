@@ -34,8 +34,24 @@ def pages(kv_cache: Tensor) -> tuple[Tensor, int]:
     return kv_cache.as_strided(shape, (head, head, token, element)), apart
 
 
+def head_starts(starts: Tensor, num_kv_heads: int, num_tokens: int) -> Tensor:
+    """Where the queries of each kv head's rows begin, head by head: ``k * T + start``.
+
+    Args:
+        starts: of the rows, in the step. [R].
+        num_kv_heads: K.
+        num_tokens: T, padding included.
+
+    Returns:
+        And, last, where all end. [K * R + 1].
+    """
+    first = torch.arange(num_kv_heads + 1, dtype=starts.dtype, device=starts.device) * num_tokens
+    own = (starts + first[:-1].unsqueeze(1)).flatten()
+    return torch.cat([own, first[-1:]])
+
+
 class HeadTable:
-    """Tables and lengths of one layer of a band."""
+    """Tables and lengths of one layer of a band, new in every step."""
 
     def __init__(self, layer: int, num_kv_heads: int, block_size: int) -> None:
         """Args: layer: within its band; num_kv_heads: of this rank."""
@@ -45,28 +61,27 @@ class HeadTable:
         self._rows: HeadRows | None = None
         self._columns = self._slots = self._skipped_tokens = torch.empty(0)
 
-    def split(self, common: CommonAttentionMetadata, rows: HeadRows) -> CommonAttentionMetadata:
+    def split(
+        self, common: CommonAttentionMetadata, rows: HeadRows, pages_apart: int
+    ) -> CommonAttentionMetadata:
         """The step's metadata with a row for each kv head, head by head.
 
         Args:
             common: natural tables, [R, C], and lengths, [R].
             rows: R rows.
+            pages_apart: of two neighbouring blocks, see ``pages``.
         """
         table, lengths = common.block_table_tensor, common.seq_lens
         self._take(rows, table, lengths)
-        num_heads, num_rows = self._num_kv_heads, len(lengths)
+        num_heads, num_tokens = self._num_kv_heads, common.num_actual_tokens
         blocks = table.expand(num_heads, -1, -1).gather(2, self._columns)
-        starts = common.query_start_loc
-        first_tokens = torch.arange(num_heads, dtype=starts.dtype) * common.num_actual_tokens
-        query_start = (starts[:-1] + first_tokens.unsqueeze(1)).flatten()
-        query_start = torch.cat([query_start, starts[-1:] + first_tokens[-1]])
         return common.replace(
-            block_table_tensor=(blocks * rows.pages_apart + self._slots).flatten(0, 1),
+            block_table_tensor=(blocks * pages_apart + self._slots).flatten(0, 1),
             seq_lens=(lengths - self._skipped_tokens).flatten(),
-            query_start_loc=query_start,
-            query_start_loc_cpu=query_start,
-            num_reqs=num_heads * num_rows,
-            num_actual_tokens=num_heads * common.num_actual_tokens,
+            query_start_loc=head_starts(common.query_start_loc[:-1], num_heads, num_tokens),
+            query_start_loc_cpu=head_starts(common.query_start_loc_cpu[:-1], num_heads, num_tokens),
+            num_reqs=num_heads * len(lengths),
+            num_actual_tokens=num_heads * num_tokens,
             seq_lens_cpu_upper_bound=None,
             _num_computed_tokens_cache=None,
         )

@@ -23,7 +23,6 @@ from vllm_spindle.core.budget import BandPlan
 from vllm_spindle.core.choice import ChoiceRule
 from vllm_spindle.core.modality import VisualCap
 from vllm_spindle.engine.cache_layout import CacheLayout, probe_layout
-from vllm_spindle.engine.head_table import pages
 from vllm_spindle.engine.prompt_tokens import (
     PagedTokens,
     PromptTokens,
@@ -280,8 +279,7 @@ class Reducer:
     def _band_rows(self, band: int, plans: list[BandPlan | None]) -> "PastRows":
         region = self.regions[band]
         if isinstance(region, HeadRegion):
-            _, apart = pages(self.bands[band][0].kv_cache)
-            return PastRows(heads=HeadRows.of(plans, partial(self._head_blocks, band), apart))
+            return PastRows(heads=HeadRows.of(plans, partial(self._head_blocks, band)))
         if isinstance(region, DenseRegion):
             return PastRows(dense=BandRows.of(plans, self.num_copies))
         assert isinstance(region, CodebookRegion)

@@ -15,7 +15,6 @@ from vllm.utils.torch_utils import is_quantized_kv_cache
 
 from vllm_spindle.config import SpindleConfig
 from vllm_spindle.core.bands import default_num_bands
-from vllm_spindle.engine.graphs import may_be_captured
 from vllm_spindle.engine.platforms import CUDA, target
 
 WITHOUT = "or serve without spindle"
@@ -196,14 +195,6 @@ def _profile(vllm_config: VllmConfig, config: SpindleConfig) -> Iterator[Refusal
             "measured",
             "kv heads with blocks of their own are served on the CPU alone so far",
             "use budget uniform or pyramid",
-        )
-    elif may_be_captured(vllm_config.compilation_config):
-        yield Refusal(
-            "budget",
-            "measured",
-            "tables of kv heads with blocks of their own are new in every step, and a CUDA graph "
-            "would keep those of its capture",
-            "use --enforce-eager, or budget uniform",
         )
     model = vllm_config.model_config
     _, shares = config.head_shares[0]

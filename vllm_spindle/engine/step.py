@@ -117,28 +117,24 @@ class HeadRows:
     Attributes:
         prefix_blocks, first_block, tail_block: as in ``BandRows``. [R], int64.
         head_blocks: pages of the region that each kv head of each layer holds. [Lb, K, R], int64.
-        pages_apart: of two neighbouring blocks, see ``head_table.pages``.
     """
 
     prefix_blocks: Tensor
     first_block: Tensor
     tail_block: Tensor
     head_blocks: Tensor
-    pages_apart: int
 
     @classmethod
     def of(
         cls,
         plans: list[BandPlan | None],
         head_blocks: Callable[[BandPlan], list[tuple[int, ...]]],
-        pages_apart: int,
     ) -> "HeadRows | None":
         """From each row's plan, None for a row that is whole; None if all are.
 
         Args:
             plans: R plans.
             head_blocks: pages of each kv head of each layer of a plan, [Lb][K].
-            pages_apart: see the class.
         """
         reduced = [plan if plan and plan.is_reduced else None for plan in plans]
         counts = {plan: torch.tensor(head_blocks(plan)) for plan in reduced if plan}
@@ -151,7 +147,6 @@ class HeadRows:
         return cls(
             *torch.tensor(starts, dtype=torch.int64).unbind(1),
             torch.stack([counts[p] if p else none for p in reduced], dim=-1),
-            pages_apart,
         )
 
     def skipped_blocks(self, layer: int) -> Tensor:
@@ -165,15 +160,17 @@ class HeadRows:
         [- R R T] -> head 0: [1.0 1.1 2.0 3.0], head 1: [2.1 3.1 ...]. Columns past the row's end
         are never read, they only must stay inside the table.
 
+        No shape depends on what the rows are, so that a captured graph may do it.
+
         Returns:
-            Both [K, R, num_columns], int64.
+            Both [K, R, num_columns], of the rows' own type.
         """
         held = self.head_blocks[layer].unsqueeze(2)  # [K, R, 1]
         num_heads = held.shape[0]
-        before = held.cumsum(0) - held
+        before = held.cumsum(0, dtype=held.dtype) - held
         prefix = self.prefix_blocks.unsqueeze(1)  # [R, 1]
-        column = torch.arange(num_columns)
-        own = torch.arange(num_heads).view(-1, 1, 1)
+        column = torch.arange(num_columns, dtype=held.dtype, device=held.device)
+        own = torch.arange(num_heads, dtype=held.dtype, device=held.device).view(-1, 1, 1)
         page = before + column - prefix
         in_region = (column >= prefix) & (column < prefix + held)
         shifted = column + self.skipped_blocks(layer).unsqueeze(2)

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.engine
 
 ON = {"keep_ratio": 0.25}
 HEAD_SHARES = tiny.head_shares(num_layers=6, num_heads=2)
+MEASURED = ON | {"budget": "measured", "head_shares": HEAD_SHARES}
 
 # name: (object of the configuration, attribute, value; spindle's options; the message)
 REFUSED: dict[str, tuple[tuple[str, str, Any] | None, dict[str, Any], list[str]]] = {
@@ -29,6 +30,16 @@ REFUSED: dict[str, tuple[tuple[str, str, Any] | None, dict[str, Any], list[str]]
         ("attention_config", "backend", "FLASHINFER"),
         ON,
         ["--attention-backend=FLASHINFER", "FLASH_ATTN or TRITON_ATTN"],
+    ),
+    "heads, vLLM's choice": (
+        None,
+        MEASURED,
+        ["budget=measured", "by TRITON_ATTN so far", "FlashAttention", "backend TRITON_ATTN"],
+    ),
+    "heads, FlashAttention": (
+        ("attention_config", "backend", "FLASH_ATTN"),
+        MEASURED,
+        ["budget=measured", "by TRITON_ATTN so far", "FlashAttention", "backend TRITON_ATTN"],
     ),
     "worker class": (
         ("parallel_config", "worker_cls", "my.Worker"),
@@ -90,6 +101,16 @@ def configure(model: str) -> dict[str, Any]:
         found["good"] = [str(r) for r in refusals.config_refusals(config, SpindleConfig(**ON))]
         both = SpindleConfig(**ON, method="both")
         found["float16 codebooks"] = [str(r) for r in refusals.config_refusals(half, both)]
+        triton = AttentionBackendEnum["TRITON_ATTN"]
+        with patch.object(config.attention_config, "backend", triton):
+            measured = SpindleConfig(**MEASURED)
+            found["heads"] = [str(r) for r in refusals.config_refusals(config, measured)]
+            config.additional_config["spindle"] = measured.model_dump()
+            found["reserved for heads"] = reserved_bytes(config)
+            found |= {f"Triton, {name}": said for name, said in _profiled(config, lines).items()}
+        lines.clear()
+        config.parallel_config.worker_cls = platforms.CUDA.stock_worker
+        config.scheduler_config.scheduler_cls = None
         config.additional_config["spindle"] = dict(ON)
         found["prepared"] = startup.prepare(config)
         found["worker"] = config.parallel_config.worker_cls
@@ -193,8 +214,15 @@ def test_a_profile_that_cuda_cannot_use_is_named(
     """One WARNING more than without; none where uniform budgets were asked for."""
     _, warning = found[f"profile {where}"]
     assert f"the profile {named} is not used" in warning
-    assert "uniform" in warning
+    assert "uniform" in warning and "--attention-backend TRITON_ATTN" in warning
     assert len(found["profile uniform"]) == 1
+    assert len(found[f"Triton, profile {where}"]) == 1
+
+
+def test_measured_budgets_are_served_by_triton_attention(found: dict[str, Any]) -> None:
+    """Where it is asked for by name; its tables take memory, too."""
+    assert found["heads"] == []
+    assert found["reserved"] < found["reserved for heads"] < 2 << 30
 
 
 def test_the_backend_asked_for_is_the_one_we_derive_from(found: dict[str, Any]) -> None:
@@ -268,7 +296,29 @@ def on_device() -> dict[str, Any]:
         stash.settle()
         read = stash.read(1, "b")
         found[f"stash {num_tokens}"] = [read.device.type, list(read.shape)]
-    return found | _reduced(there)
+    return found | _split_by_head(common) | _reduced(there)
+
+
+def _split_by_head(common: Any) -> dict[str, Any]:
+    """Devices of a table with a row for each kv head, filled for a layer."""
+    import torch
+
+    from vllm_spindle.core.budget import BandPlan
+    from vllm_spindle.engine.shared_head_table import SharedHeadTable
+    from vllm_spindle.engine.step import HeadRows
+
+    table = SharedHeadTable(1, 2, 16, 4, torch.device("meta"))
+    plan = BandPlan(first_block=1, tail_block=3, prompt_blocks=4)
+    rows = HeadRows.of([plan, None], lambda plan: [(3, 1)])
+    found: dict[str, Any] = {"heads": []}
+    for with_rest in (False, True):
+        for given in (None, rows):
+            batch = table.batch(common, given, 32, with_rest=with_rest)
+            batch.fill(0)
+            split = batch.split
+            for each in (split.block_table_tensor, split.seq_lens, split.query_start_loc):
+                found["heads"].append([each.device.type, len(each)])
+    return found
 
 
 class Launches:
@@ -348,6 +398,8 @@ def test_a_step_stays_on_the_device() -> None:
     assert found["shifted"] == ["meta"] * 2
     assert found["shapes"] == [[3, 8], [3]]
     assert found["regions"] == ["meta"] * 5
+    lens = [6, 6, 7] * 2 + [8, 8, 9] * 2
+    assert found["heads"] == [["meta", length] for length in lens]
     assert found["stash 4"] == found["stash 40"] == ["meta", [2, 4, 8]]
     tensors = {"log_sum_exps": 5, "merge_log_sum_exps": 2, "gather_pages": 5, "write_pages": 3}
     for name, count in tensors.items():

@@ -11,6 +11,8 @@ MAX_SPLIT_BYTES = 256 << 20  # of the codebook kernel, see ``kernels.device_deco
 # Of a token's scores for one query head: three maps of attention, as many pooled, ranks of two; and
 # a sort's keys and int64 places, as it takes, returns and twice turns them over.
 RANKING_BYTES = (3 + 3 + 2) * FLOAT + 4 * (FLOAT + 8)
+# Of a column of a kv head's row while a layer fills it: six tensors of int32, two masks.
+FILLING_BYTES = 6 * 4 + 2
 
 
 def reserved_bytes(vllm_config: VllmConfig) -> int:
@@ -29,10 +31,16 @@ def reserved_bytes(vllm_config: VllmConfig) -> int:
     # Prompts that end in one step or wait for their reduction; more than a few are rare.
     num_observed = config.window + config.num_observers
     windows = 16 * num_observed * query_bytes
-    # int32, and the columns that it is gathered from, int64.
     columns = cdiv(most_tokens, policy.block_size)
     rows = vllm_config.scheduler_config.max_num_seqs
+    # int32, and the columns that it is gathered from, int64.
     tables = len(policy.bands) * rows * columns * (4 + 8)
+    if policy.profile is not None:
+        # A table each, one of them being filled; queries and outputs once more, head by head.
+        head_columns = num_kv_heads * (rows + 1) * columns
+        tables = head_columns * (len(policy.bands) * 4 + FILLING_BYTES)
+        step_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        tables += 2 * step_tokens * num_heads * head_size * element_bytes
     # Kept tokens on their way to their blocks, at most all: a key and a value each.
     token_elements = num_kv_heads * head_size
     prompt = most_tokens * token_elements * 2 * element_bytes

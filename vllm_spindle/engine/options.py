@@ -19,7 +19,7 @@ from vllm_spindle.config import (
     parse_protected_prefix,
     with_profile,
 )
-from vllm_spindle.engine.platforms import CUDA, target
+from vllm_spindle.engine.platforms import splits_heads
 from vllm_spindle.policy import SpindlePolicy
 
 SECTION = "spindle"
@@ -56,11 +56,12 @@ def fit(vllm_config: VllmConfig, config: SpindleConfig) -> SpindleConfig:
     Raises:
         ValueError: if it asks for a profile that there is not.
     """
-    return with_profile(config, vllm_config.model_config.model, can_split=target() is not CUDA)
+    can_split = splits_heads(vllm_config.attention_config.backend)
+    return with_profile(config, vllm_config.model_config.model, can_split=can_split)
 
 
 def unused_profile(vllm_config: VllmConfig, asked: SpindleConfig) -> str | None:
-    """The profile, by file or option, that this platform cannot use and another would; or None."""
+    """The profile, by file or option, that this attention backend cannot use, or None."""
     model = vllm_config.model_config.model
     would_use = with_profile(asked, model).budget == "measured"
     if asked.budget != "auto" or not would_use or fit(vllm_config, asked).budget == "measured":

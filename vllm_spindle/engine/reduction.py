@@ -137,7 +137,7 @@ class Reducer:
         warm: set[type] = set()
         for band, region in enumerate(self.regions):
             compiles = isinstance(region, CodebookRegion) or (
-                self._in_place and isinstance(region, DenseRegion)
+                self._in_place and isinstance(region, DenseRegion | HeadRegion)
             )
             if compiles and type(region) not in warm:
                 self._warm_up_region(region, self.bands[band][0])

@@ -13,7 +13,7 @@ from vllm_spindle.engine.options import (
     unused_profile,
 )
 from vllm_spindle.engine.platforms import CUDA, target
-from vllm_spindle.engine.refusals import config_refusals, raise_if_any
+from vllm_spindle.engine.refusals import config_refusals, raise_if_any, why_heads_are_alike
 
 # Under vLLM's logger tree, so that the user's logging settings apply.
 logger = init_logger("vllm.spindle")
@@ -47,9 +47,10 @@ def prepare(vllm_config: VllmConfig) -> bool:
     profile = unused_profile(vllm_config, asked)
     if profile is not None:
         logger.warning(
-            "SpindleKV: the profile %s is not used, budget auto is uniform: on CUDA the kv heads "
-            "of a layer hold the same number of blocks so far",
+            "SpindleKV: the profile %s is not used, budget auto is uniform: %s; use "
+            "--attention-backend %s",
             profile,
+            *why_heads_are_alike(),
         )
     logger.info("SpindleKV on: %s", describe(vllm_config, config))
     return True

@@ -35,7 +35,7 @@ MODES: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
     "prefix": ({**ON, "protected_prefix_tokens": 96}, {"enable_prefix_caching": True}),
     "preempted": (ON, LITTLE),
 }
-# Requests over shared prefixes, eagerly: measured budgets are refused where a graph is captured.
+# Requests over shared prefixes, eagerly.
 SHARING: dict[str, dict[str, Any]] = {
     "1.0": {"keep_ratio": 1.0},
     "0.5": {"keep_ratio": 0.5},

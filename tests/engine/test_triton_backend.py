@@ -15,13 +15,13 @@ from engine_probe.interpreted import ENVIRONMENT
 
 pytestmark = pytest.mark.engine
 
-EVICT = {"keep_ratio": 0.4, "min_prompt_len": 32, "window": 16}
+EVICT = {"keep_ratio": 0.7, "min_prompt_len": 32, "window": 16}
 WAITS = {**EVICT, "keep_ratio": 0.5, "reduce_after": 3, "gqa": "mean", "score": "pooled"}
 BOTH = {**EVICT, "keep_ratio": 0.6, "method": "both", "protected_prefix_tokens": 32}
 # One band, so that its two layers share a table in graphs. Of the longest prompt heads hold one
 # block or three.
 SHARES = tiny.head_shares(num_layers=2, num_heads=2)
-HEADS = {**EVICT, "keep_ratio": 0.7, "num_bands": 1, "head_shares": SHARES}
+HEADS = {**EVICT, "num_bands": 1, "head_shares": SHARES}
 SMALL = {"max_model_len": 256, "max_num_seqs": 4}
 FLOAT = {"dtype": "float32"}
 # name: (spindle, vLLM, Triton attention, mode of graphs, splits of the codebook kernel)

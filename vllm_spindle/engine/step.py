@@ -115,8 +115,8 @@ class HeadRows:
     this rank, Lb layers of the band.
 
     Attributes:
-        prefix_blocks, first_block, tail_block: as in ``BandRows``. [R], int64.
-        head_blocks: pages of the region that each kv head of each layer holds. [Lb, K, R], int64.
+        prefix_blocks, first_block, tail_block: as in ``BandRows``. [R], int64; in buffers int32.
+        head_blocks: pages of the region that each kv head of each layer holds. [Lb, K, R], also.
     """
 
     prefix_blocks: Tensor

@@ -301,24 +301,30 @@ def on_device() -> dict[str, Any]:
 
 def _split_by_head(common: Any) -> dict[str, Any]:
     """Devices of a table with a row for each kv head, filled for a layer."""
+    from itertools import product
+    from unittest.mock import patch
+
     import torch
 
     from vllm_spindle.core.budget import BandPlan
     from vllm_spindle.engine.shared_head_table import SharedHeadTable
     from vllm_spindle.engine.step import HeadRows
+    from vllm_spindle.kernels import device_head_pages
 
-    table = SharedHeadTable(1, 2, 16, 4, torch.device("meta"))
     plan = BandPlan(first_block=1, tail_block=3, prompt_blocks=4)
     rows = HeadRows.of([plan, None], lambda plan: [(3, 1)])
-    found: dict[str, Any] = {"heads": []}
-    for with_rest in (False, True):
-        for given in (None, rows):
-            batch = table.batch(common, given, 32, with_rest=with_rest)
-            batch.fill(0)
-            split = batch.split
-            for each in (split.block_table_tensor, split.seq_lens, split.query_start_loc):
-                found["heads"].append([each.device.type, len(each)])
-    return found
+    launches, found = Launches(), []
+    with patch.object(device_head_pages, "fill_head_pages", launches):
+        for with_kernel in (False, True):
+            size = 1, 2, 16, 4
+            table = SharedHeadTable(*size, torch.device("meta"), with_kernel=with_kernel)
+            for with_rest, given in product((False, True), (None, rows)):
+                batch = table.batch(common, given, 32, with_rest=with_rest)
+                batch.fill(0)
+                split = batch.split
+                for each in (split.block_table_tensor, split.seq_lens, split.query_start_loc):
+                    found.append([each.device.type, len(each)])
+    return {"heads": found, "filled": launches.devices}
 
 
 class Launches:
@@ -399,7 +405,8 @@ def test_a_step_stays_on_the_device() -> None:
     assert found["shapes"] == [[3, 8], [3]]
     assert found["regions"] == ["meta"] * 5
     lens = [6, 6, 7] * 2 + [8, 8, 9] * 2
-    assert found["heads"] == [["meta", length] for length in lens]
+    assert found["heads"] == [["meta", length] for length in lens] * 2
+    assert found["filled"] == [["meta"] * 8] * 4
     assert found["stash 4"] == found["stash 40"] == ["meta", [2, 4, 8]]
     tensors = {"log_sum_exps": 5, "merge_log_sum_exps": 2, "gather_pages": 5, "write_pages": 3}
     for name, count in tensors.items():

@@ -79,8 +79,10 @@ def test_pages_of_the_region_are_dealt_out_once(num_heads: int, head_outermost: 
         assert layer["starts"] == [*starts, 3 * num_heads]
 
 
-def compare(num_heads: int) -> dict[str, Any]:
+def compare(num_heads: int, with_kernel: bool) -> dict[str, Any]:
     """A table shared by two layers beside one of each layer's own, in a padded batch."""
+    from unittest.mock import patch
+
     import torch
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
@@ -108,7 +110,12 @@ def compare(num_heads: int) -> dict[str, Any]:
     plan = BandPlan(first_block=5, tail_block=8, prompt_blocks=9, prefix_blocks=1)
     counts = {1: [(2,), (3,)], 3: [(6, 1, 2), (3, 3, 3)]}[num_heads]
     before, now = (HeadRows.of(plans, lambda _: counts) for plans in ([plan] * 4, [plan, None]))
-    shared, apart = SharedHeadTable(2, num_heads, 4, 5, torch.device("cpu")), num_heads
+    apart, size = num_heads, (2, num_heads, 4, 5)
+    shared = SharedHeadTable(*size, torch.device("cpu"), with_kernel=with_kernel)
+    if with_kernel:
+        from vllm_spindle.kernels import device_head_pages
+
+        patch.object(device_head_pages, "TILE", 4).start()
     for layer in range(2):  # a step of more rows, before
         full = batch([1] * 4, [38] * 4, 4)
         shared.batch(full, before, apart, with_rest=True).fill(layer)
@@ -134,10 +141,16 @@ def compare(num_heads: int) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.parametrize("with_kernel", [False, True])
 @pytest.mark.parametrize("num_heads", [1, 3])
-def test_a_shared_table_is_each_layers_own_in_turn(num_heads: int) -> None:
-    """Whatever was there before; padding is in no row of a head's tokens, and no length is 0."""
-    found = in_child(compare, num_heads=num_heads)
+def test_a_shared_table_is_each_layers_own_in_turn(num_heads: int, with_kernel: bool) -> None:
+    """Whatever was there before; padding is in no row of a head's tokens, and no length is 0.
+
+    By torch, and by the kernel for GPUs, interpreted.
+    """
+    env = {"TRITON_INTERPRET": "1"} if with_kernel else {}
+    options = {"num_heads": num_heads, "with_kernel": with_kernel}
+    found = in_child(compare, env=env, imports_vllm_itself=with_kernel, **options)
     assert found["differ"] == 0
     with_rest, without = [[1, 3]] * num_heads, [[1]] * num_heads
     assert found["rows"] == [[with_rest, 0]] * 2 + [[without, 0]] * 2

@@ -18,6 +18,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
 
 from vllm_spindle.engine.active import active_reduction
+from vllm_spindle.engine.decoders import CPU_BACKEND
 from vllm_spindle.engine.graphs import may_be_captured, may_hold_prompts
 from vllm_spindle.engine.head_table import HeadTable, pages
 from vllm_spindle.engine.one_kv_head import for_one_kv_head
@@ -73,6 +74,8 @@ class SpindleBuilderMixin:
 
     # vLLM may otherwise reuse the first band's lengths for the others.
     supports_update_block_table = False
+    # Whether attention is Triton's or FlashAttention's, and with it what we launch.
+    with_kernels = True
 
     def __init__(
         self,
@@ -101,7 +104,7 @@ class SpindleBuilderMixin:
             # vLLM's attention for CPUs plans from each layer's lengths, before the forward.
             if self._may_be_captured or device.type != "cpu":
                 self._shared_head_table = SharedHeadTable(
-                    len(self._layers), *size, max_rows, device
+                    len(self._layers), *size, max_rows, device, with_kernel=self.with_kernels
                 )
             else:
                 self._head_tables = {
@@ -271,7 +274,11 @@ def wrap_backend(stock: type[AttentionBackend]) -> type[AttentionBackend]:
     """The Spindle backend around a stock one; the same class for the same backend."""
     stock_impl, stock_builder = stock.get_impl_cls(), stock.get_builder_cls()
     impl = type(f"Spindle{stock_impl.__name__}", (SpindleImplMixin, stock_impl), {})
-    builder = type(f"Spindle{stock_builder.__name__}", (SpindleBuilderMixin, stock_builder), {})
+    builder = type(
+        f"Spindle{stock_builder.__name__}",
+        (SpindleBuilderMixin, stock_builder),
+        {"with_kernels": stock.get_name() != CPU_BACKEND},
+    )
     return type(
         f"Spindle{stock.__name__}",
         (stock,),

@@ -11,8 +11,6 @@ MAX_SPLIT_BYTES = 256 << 20  # of the codebook kernel, see ``kernels.device_deco
 # Of a token's scores for one query head: three maps of attention, as many pooled, ranks of two; and
 # a sort's keys and int64 places, as it takes, returns and twice turns them over.
 RANKING_BYTES = (3 + 3 + 2) * FLOAT + 4 * (FLOAT + 8)
-# Of a column of a kv head's row while a layer fills it: six tensors of int32, two masks.
-FILLING_BYTES = 6 * 4 + 2
 
 
 def reserved_bytes(vllm_config: VllmConfig) -> int:
@@ -36,9 +34,8 @@ def reserved_bytes(vllm_config: VllmConfig) -> int:
     # int32, and the columns that it is gathered from, int64.
     tables = len(policy.bands) * rows * columns * (4 + 8)
     if policy.profile is not None:
-        # A table each, one of them being filled; queries and outputs once more, head by head.
-        head_columns = num_kv_heads * (rows + 1) * columns
-        tables = head_columns * (len(policy.bands) * 4 + FILLING_BYTES)
+        # A row for each kv head; queries and outputs of a step once more, head by head.
+        tables = len(policy.bands) * num_kv_heads * (rows + 1) * columns * 4
         step_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         tables += 2 * step_tokens * num_heads * head_size * element_bytes
     # Kept tokens on their way to their blocks, at most all: a key and a value each.

@@ -3,8 +3,8 @@
 ``HeadTable`` is one layer's, made anew in every step. A captured graph reads its tables by address,
 and K times the rows for each layer would be gigabytes. So the layers of a band, which run one after
 the other, share one table: each of them fills it within its own attention call, in the graph if it
-is one, by arithmetic whose shapes are the capture's. What changes from step to step are a few
-integers for each row, in a buffer that is rewritten before the forward.
+is one, with shapes of the capture, by a Triton kernel or by torch. What changes from step to step
+are a few integers for each row, in a buffer that is rewritten before the forward.
 
 Shapes: R rows with padding, r rows of the step, K kv heads, C columns of the block table, T tokens
 with padding, Lb layers of the band; A rows of each kv head, R or one more.
@@ -37,6 +37,7 @@ class HeadBatch:
         head_lengths: of its lengths. [K, R].
         block_size: tokens per block.
         pages_apart: of two neighbouring blocks, see ``head_table.pages``.
+        with_kernel: whether a Triton kernel fills them.
     """
 
     split: CommonAttentionMetadata
@@ -47,9 +48,31 @@ class HeadBatch:
     head_lengths: Tensor
     block_size: int
     pages_apart: int
+    with_kernel: bool
 
     def fill(self, layer: int) -> None:
         """Make the table a layer's. layer: within its band."""
+        if self.with_kernel:
+            self._fill_by_kernel(layer)
+        else:
+            self._fill_by_torch(layer)
+
+    def _fill_by_kernel(self, layer: int) -> None:
+        # Not before vLLM has started, as it decides which Triton there is.
+        from vllm_spindle.kernels import device_head_pages
+
+        device_head_pages.fill(
+            self.head_pages,
+            self.head_lengths,
+            self.table,
+            self.lengths,
+            (self.rows.prefix_blocks, self.rows.first_block, self.rows.tail_block),
+            self.rows.head_blocks[layer],
+            block_size=self.block_size,
+            pages_apart=self.pages_apart,
+        )
+
+    def _fill_by_torch(self, layer: int) -> None:
         num_heads, num_columns = len(self.head_pages), self.table.shape[1]
         columns, slots = self.rows.source_pages(layer, num_columns)
         blocks = self.table.expand(num_heads, -1, -1).gather(2, columns.to(torch.int64))
@@ -69,8 +92,20 @@ class SharedHeadTable:
         block_size: int,
         max_rows: int,
         device: torch.device,
+        *,
+        with_kernel: bool,
     ) -> None:
-        """Args: num_layers: Lb; num_kv_heads: of this rank; max_rows: the most that R can be."""
+        """For one band of one rank.
+
+        Args:
+            num_layers: Lb.
+            num_kv_heads: of this rank.
+            block_size: tokens per block.
+            max_rows: the most that R can be.
+            device: of the tables.
+            with_kernel: whether a Triton kernel fills them.
+        """
+        self._with_kernel = with_kernel
         self._num_kv_heads = num_kv_heads
         self._block_size = block_size
         self._max_rows = max_rows
@@ -136,6 +171,7 @@ class SharedHeadTable:
             head_lengths=by_head[1][:, :num_rows],
             block_size=self._block_size,
             pages_apart=pages_apart,
+            with_kernel=self._with_kernel,
         )
 
     def _query_starts(

@@ -29,7 +29,7 @@ def compiled() -> list[dict[str, list[int]]]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    from vllm_spindle.kernels import device_compaction, device_scoring
+    from vllm_spindle.kernels import device_compaction, device_head_pages, device_scoring
 
     class Driver:
         """A GPU of each capability, of which nobody asks more."""
@@ -55,15 +55,18 @@ def compiled() -> list[dict[str, list[int]]]:
             return lambda *args, **kw: self.kernel.run(*args, grid=grid, warmup=True, **kw)
 
     driver.set_active(Driver())
+    heads = 2
     names = ("log_sum_exps", "merge_log_sum_exps", "receive", "gather_pages", "write_pages")
+    names += ("fill_head_pages",)
+    modules = device_compaction, device_head_pages, device_scoring
     kernels = {}
     for name in names:
-        module = device_scoring if hasattr(device_scoring, name) else device_compaction
+        (module,) = [each for each in modules if hasattr(each, name)]
         kernels[name] = getattr(module, name)
         setattr(module, name, Compiled(kernels[name]))
 
     def reduce(num_tokens: int, num_queries: int, num_blocks: int, first: int) -> None:
-        heads, group, d, n = 2, 4, 48, 16
+        group, d, n = 4, 48, 16
         cache = torch.zeros(300, heads, n, 2 * d, dtype=torch.bfloat16)
         blocks = torch.arange(300)
         queries = torch.zeros(first + num_queries, heads, group, d, dtype=torch.bfloat16)
@@ -77,6 +80,23 @@ def compiled() -> list[dict[str, list[int]]]:
         kept = torch.zeros(heads, num_blocks, n, dtype=torch.int64).transpose(0, 1)
         region = blocks[first : first + num_blocks]
         device_compaction.compact(cache, blocks[first:], kept, region)
+        fill(num_blocks, first)
+
+    def fill(num_rows: int, layer: int) -> None:
+        """A table of a batch of that many rows, with padding behind each head's or without."""
+        ints = torch.zeros(3 + heads * 10, 23, dtype=torch.int32)[:, :num_rows]
+        pages = torch.zeros(heads, num_rows + layer % 2, 40, dtype=torch.int32)[:, :num_rows]
+        held = ints[3 + heads * layer :][:heads]
+        device_head_pages.fill(
+            pages,
+            pages[..., 0].contiguous(),
+            torch.zeros(num_rows, 40, dtype=torch.int32),
+            torch.zeros(num_rows, dtype=torch.int32),
+            (ints[0], ints[1], ints[2]),
+            held,
+            block_size=16,
+            pages_apart=32,
+        )
 
     found = []
     with (
@@ -101,5 +121,5 @@ def test_kernels_compile_once_whatever_the_prompt(tmp_path: Path) -> None:
     first, *later = in_child(compiled, env={"TRITON_CACHE_DIR": str(tmp_path)})
     once = [1, 1]
     assert first.pop("receive") == [2, 2]  # a sum and a maximum
-    assert all(count == once for count in first.values()) and len(first) == 4
+    assert all(count == once for count in first.values()) and len(first) == 5
     assert later == [first | {"receive": [2, 2]}] * 2

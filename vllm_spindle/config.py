@@ -64,8 +64,8 @@ class SpindleConfig(BaseModel):
         description="what a band does with its context: evict tokens; merge them, all that find an "
         "entry in a codebook; or both, with fewer codes and more entries",
     )
-    band_methods: Annotated[tuple[MethodName, ...], Field(strict=False)] | None = Field(
-        None, description="a method per band, shallow to deep, in place of 'method'"
+    band_methods: Annotated[tuple[MethodName, ...], Field(strict=False, min_length=1)] | None = (
+        Field(None, description="a method per band, shallow to deep, in place of 'method'")
     )
     merge_factor: Annotated[float, Field(ge=1, le=64)] = Field(
         2.0, description="under 'both': most tokens merged into the space of one"
@@ -170,10 +170,16 @@ class SpindleConfig(BaseModel):
             value = value.items()
         if value is None:
             return None
-        packed = tuple(
-            (float(mean), tuple(tuple(map(float, heads)) for heads in shares))
-            for mean, shares in value
-        )
+        try:
+            packed = tuple(
+                (float(mean), tuple(tuple(map(float, heads)) for heads in shares))
+                for mean, shares in value
+            )
+        except TypeError:
+            raise ValueError(
+                "must be the path of a profile, or mean share: shares of each kv head, layer by "
+                "layer"
+            ) from None
         make_profile(dict(packed))
         return packed
 

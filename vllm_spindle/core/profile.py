@@ -39,7 +39,7 @@ def make_profile(points: Mapping[float, Sequence[Sequence[float]]]) -> Profile:
         exact = tuple(tuple(Fraction(str(share)) for share in heads) for heads in shares)
         if any(not 0 <= share <= 1 for heads in exact for share in heads):
             raise ValueError(f"point {mean}: shares must be in [0, 1]")
-        if abs(float(mean_share(exact)) - float(mean)) > 0.01:
+        if not abs(float(mean_share(exact)) - float(mean)) <= 0.01:  # nor if the mean is NaN
             raise ValueError(f"point {mean}: its shares have a mean of {float(mean_share(exact))}")
         found.append(exact)
     ends = [((Fraction(share),) * shape[0],) * len(shape) for share in (1, 0)]

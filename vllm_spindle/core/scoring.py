@@ -88,7 +88,8 @@ def random_importance(
     num_kv_heads: int, group: int, num_context: int, *, seed: int, device: torch.device | str
 ) -> Tensor:
     """Uniform scores: the baseline that any method must beat. [K, G, C], float32."""
-    generator = torch.Generator().manual_seed(seed)
+    # Torch takes 64 bits; layers and prompts multiply the user's seed beyond them.
+    generator = torch.Generator().manual_seed(seed % (1 << 64))
     return torch.rand(num_kv_heads, group, num_context, generator=generator).to(device)
 
 

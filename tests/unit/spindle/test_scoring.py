@@ -166,3 +166,12 @@ def test_two_scores_take_turns() -> None:
     order = in_turns(first, second).argsort(descending=True).tolist()
     # Turns: 0 | 1 | 1 again | 4 | 2 | 5 | 3 | 6, and 7, which nobody wants, last.
     assert order == [0, 1, 4, 2, 5, 3, 6, 7]
+
+
+def test_any_seed_draws() -> None:
+    """Also one of 60 bits, a time in nanoseconds, once layers and prompts have multiplied it."""
+    seeds = [7, 2**60, (2**60 * 1009 + 3) * 65537 + 500, -5]
+    drawn = [random_importance(1, 1, 8, seed=seed, device="cpu") for seed in seeds]
+    assert len({tuple(each.flatten().tolist()) for each in drawn}) == len(seeds)
+    generator = torch.Generator().manual_seed(7)
+    assert torch.equal(drawn[0], torch.rand(1, 1, 8, generator=generator))

@@ -3,6 +3,7 @@
 import difflib
 import json
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -348,10 +349,12 @@ def parse_protected_prefix(value: Any) -> int:
     Raises:
         ValueError: if it is not a whole number, 0 or more.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
-        raise ValueError(f"{PROTECTED_PREFIX_KEY} must be a whole number of tokens, got {value!r}")
-    if value < 0:
-        raise ValueError(f"{PROTECTED_PREFIX_KEY} must be 0 or more, got {value}")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    # The range comes first: infinity and NaN are not in it, and have no ``int``.
+    if not is_number or not 0 <= value < inf or value != int(value):
+        raise ValueError(
+            f"{PROTECTED_PREFIX_KEY} must be a whole number of tokens, 0 or more, got {value!r}"
+        )
     return int(value)
 
 

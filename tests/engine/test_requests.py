@@ -21,6 +21,8 @@ BAD = {
     "list": {"spindle_keep_ratio": [0.5]},
     "negative-prefix": {"spindle_protected_prefix_tokens": -1},
     "half-a-token": {"spindle_protected_prefix_tokens": 0.5},
+    "endless-prefix": {"spindle_protected_prefix_tokens": float("inf")},
+    "no-prefix": {"spindle_protected_prefix_tokens": float("nan")},
     "unknown-key": {"spindle_window": 16},
     "resumable": {},
 }
@@ -183,6 +185,8 @@ def test_a_bad_request_is_refused_at_admission(found: dict[str, Any], case: str)
         "resumable": "resumable",
         "negative-prefix": "spindle_protected_prefix_tokens",
         "half-a-token": "spindle_protected_prefix_tokens",
+        "endless-prefix": "spindle_protected_prefix_tokens",
+        "no-prefix": "spindle_protected_prefix_tokens",
     }
     assert refused["parameter"] == expected.get(case, "spindle_keep_ratio")
     if case not in expected:

@@ -4,6 +4,7 @@ Run with: pytest tests/serve/test_plugin_server.py
 """
 
 import concurrent.futures
+import json
 import time
 from pathlib import Path
 
@@ -205,6 +206,7 @@ def test_the_second_of_two_equal_prompts_hits_what_is_planned(
         ({"spindle_keep_ratio": None}, ["spindle_keep_ratio"]),
         # vLLM's request model turns true into 1 (the whole cache) and false into 0 first.
         ({"spindle_keep_ratio": False}, ["spindle_keep_ratio", "(0, 1]"]),
+        ({"spindle_protected_prefix_tokens": float("inf")}, ["whole number of tokens", "inf"]),
         ({"spindle_keep": 0.5}, ["'spindle_keep'", "did you mean 'spindle_keep_ratio'"]),
     ],
     ids=str,
@@ -220,7 +222,10 @@ def test_a_bad_request_is_refused_alone(
     body |= {"temperature": 0, "ignore_eos": True}
 
     def post(extra: dict[str, object]) -> httpx.Response:
-        return httpx.post(server.url + "/v1/completions", json=body | extra, timeout=120)
+        text = json.dumps(body | extra)  # httpx's own would not send infinity
+        headers = {"Content-Type": "application/json"}
+        url = server.url + "/v1/completions"
+        return httpx.post(url, content=text, headers=headers, timeout=120)
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
         good = pool.submit(post, {})

@@ -131,6 +131,22 @@ FORCED: dict[str, tuple[str, str, Any, list[str]]] = {
     "encoder-decoder": ("model_config", "is_encoder_decoder", True, ["model=", "second cache"]),
     "prefix-lm": ("model_config", "is_mm_prefix_lm", True, ["model=", "not causal"]),
     "rswa": ("model_config", "rswa_window", 64, ["model=", "frees blocks itself"]),
+    "encoder-only": (
+        "",
+        "is_mm_encoder_only",
+        True,
+        ["--mm-encoder-only=True", "no KV cache to reduce"],
+    ),
+    "diffusion": ("model_config", "is_diffusion", True, ["model=", "more than once"]),
+    "no-ops": ("model_config", "has_noops", True, ["model=", "have no attention"]),
+}
+
+# What vLLM's groups of layers reveal, of a model whose blocks are not all alike:
+# (layers without attention, query heads of a kv head in each layer): the message.
+BLOCKS: dict[str, tuple[list[int], list[int], list[str]]] = {
+    "kv-heads": ([], [2, 4, 2, 4], ["model=blocks of [32, 64] tokens", "differ in size"]),
+    "last-layer": ([3], [2, 2, 2, 2], ["model=layers [(0,), (1,), (2,)]", "one attention each"]),
+    "inner-layer": ([1], [2, 2, 2, 2], ["model=layers [(0,), (2,), (3,)]", "one attention each"]),
 }
 
 # What only a layer knows: arguments of vLLM's ``Attention``; the message.
@@ -228,6 +244,7 @@ def configure(model: str, folder: str) -> dict[str, Any]:
     found["off-tp2"] = try_config("off-tp2", {"keep_ratio": 1.0}, two_ranks, stock_config)
     found["not-asked-tp2"] = try_config("not-asked-tp2", None, two_ranks, stock_config)
     made = EngineArgs(model, skip_tokenizer_init=True, block_size=32).create_engine_config()
+    found["rust"] = _front_end(made)
     return {**found, **_forced(made), **_layers(made), "async": _asynchronous(made)}
 
 
@@ -260,6 +277,52 @@ def _layers(made: Any) -> dict[str, Any]:
             prefix = f"{name}.layers.1.attn"
             layer = Attention(4, 32, 32**-0.5, num_kv_heads=2, prefix=prefix, **options)
         found[f"layer-{name}"] = [str(refusal) for refusal in layer_refusals(layer)]
+    return found
+
+
+def _front_end(made: Any) -> list[str]:
+    import os
+    from unittest.mock import patch
+
+    from vllm_spindle.config import SpindleConfig
+    from vllm_spindle.engine.refusals import config_refusals
+
+    with patch.dict(os.environ, {"VLLM_USE_RUST_FRONTEND": "1"}):
+        return [str(refusal) for refusal in config_refusals(made, SpindleConfig(**ON))]
+
+
+def start_uneven(folder: str) -> dict[str, str]:
+    """What the worker says to models whose configuration does not tell that layers differ."""
+    from pathlib import Path
+    from types import SimpleNamespace
+    from unittest.mock import PropertyMock, patch
+
+    from vllm.config import ModelConfig
+
+    import tiny
+    from engine_probe.engines import Engine
+
+    model = str(tiny.write_llama(Path(folder), num_layers=4, num_heads=4))
+    found = {}
+    for name, (without, groups, _) in BLOCKS.items():
+        blocks = [
+            SimpleNamespace(
+                attention=SimpleNamespace(no_op=layer in without, n_heads_in_group=group),
+                ffn=SimpleNamespace(no_op=False, intermediate_size=256),
+            )
+            for layer, group in enumerate(groups)
+        ]
+
+        def change(config: Any, blocks: Any = blocks) -> Any:
+            config.architectures, config.block_configs = ["DeciLMForCausalLM"], blocks
+            return config
+
+        found[name] = ""
+        with patch.object(ModelConfig, "has_noops", PropertyMock(return_value=False)):
+            try:
+                Engine(model, ON, hf_overrides=change, load_format="dummy")
+            except ValueError as error:
+                found[name] = str(error)
     return found
 
 
@@ -324,6 +387,23 @@ def test_what_other_machines_allow_is_refused(found: dict[str, Any], case: str) 
     """The same, for flags and models that vLLM configures only elsewhere."""
     (message,) = found[f"forced-{case}"]
     _assert_says(message, ["spindle does not support", *FORCED[case][-1]])
+
+
+def test_a_front_end_that_checks_no_request_is_refused(found: dict[str, Any]) -> None:
+    """vLLM's own in Rust, whose bad requests would reach the scheduler."""
+    (message,) = found["rust"]
+    _assert_says(message, ["spindle does not support VLLM_USE_RUST_FRONTEND=1", "remove it"])
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return in_child(start_uneven, folder=str(tmp_path_factory.mktemp("uneven")))
+
+
+@pytest.mark.parametrize("case", BLOCKS)
+def test_layers_that_are_not_alike_are_refused(uneven: dict[str, str], case: str) -> None:
+    """Not before the worker has the model, but before a request comes."""
+    _assert_says(uneven[case], ["spindle does not support ", *BLOCKS[case][2]])
 
 
 @pytest.mark.parametrize("case", LAYERS)

@@ -1,21 +1,24 @@
 """What spindle cannot serve, found at start-up: option, value, reason, way out.
 
 Two moments: the configuration in the front process (``config_refusals``; also what
-``vllm-spindle doctor`` prints), and each attention layer in the worker (``layer_refusals``), for
-what only the model's own code reveals.
+``vllm-spindle doctor`` prints), and in the worker each attention layer (``layer_refusals``) and
+vLLM's groups of them (``group_refusals``), for what only the model's own code reveals.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vllm import envs
 from vllm.config import VllmConfig
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import is_quantized_kv_cache
 
 from vllm_spindle.config import SpindleConfig
 from vllm_spindle.core.bands import default_num_bands
 from vllm_spindle.engine.platforms import CUDA, splits_heads, target
+from vllm_spindle.policy import SpindlePolicy
 
 WITHOUT = "or serve without spindle"
 
@@ -48,6 +51,7 @@ def config_refusals(vllm_config: VllmConfig, config: SpindleConfig) -> list[Refu
     found = [
         *_platform(),
         *_cuda(vllm_config, config),
+        *_front_end(),
         *_model(vllm_config),
         *_parallel(vllm_config),
         *_cache(vllm_config),
@@ -74,6 +78,25 @@ def layer_refusals(layer: Any) -> list[Refusal]:
         found.append(Refusal("model", "sliding window", f"{name} attends to a window already"))
     if layer.head_size_v != layer.head_size:
         found.append(Refusal("model", "head sizes", f"{name}: keys and values differ in width"))
+    return found
+
+
+def group_refusals(groups: Sequence[Any], policy: SpindlePolicy) -> list[Refusal]:
+    """What vLLM's KV-cache groups rule out: each must be all layers of a band, in their order.
+
+    Args:
+        groups: vLLM's, shallow band to deep.
+        policy: the plan, whose bands and blocks they must have.
+    """
+    found = []
+    layers = [tuple(map(extract_layer_index, group.layer_names)) for group in groups]
+    if layers != [tuple(band) for band in policy.bands]:
+        reason = "its layers do not have one attention each, and so vLLM's groups are not bands"
+        found.append(Refusal("model", f"layers {layers}", reason))
+    sizes = {group.kv_cache_spec.block_size for group in groups}
+    if sizes != {policy.block_size}:
+        reason = "its layers' caches differ in size, and with them the tokens of a block"
+        found.append(Refusal("model", f"blocks of {sorted(sizes)} tokens", reason))
     return found
 
 
@@ -132,11 +155,30 @@ def _cuda(vllm_config: VllmConfig, config: SpindleConfig) -> Iterator[Refusal]:
         yield from backend_refusals(backend.name)
 
 
+def _front_end() -> Iterator[Refusal]:
+    if envs.VLLM_USE_RUST_FRONTEND:
+        yield Refusal(
+            "VLLM_USE_RUST_FRONTEND",
+            1,
+            "it asks no plugin whether a request's options are valid, and a bad one would end the "
+            "engine",
+            "remove it, " + WITHOUT,
+        )
+
+
 def _model(vllm_config: VllmConfig) -> Iterator[Refusal]:
     model = vllm_config.model_config
     text = model.hf_text_config
     if model.runner_type != "generate":
         yield Refusal("runner", model.runner_type, "only generation has a decode to speed up")
+    if vllm_config.is_mm_encoder_only:
+        yield Refusal("--mm-encoder-only", True, "an encoder instance has no KV cache to reduce")
+    if model.is_diffusion:
+        yield Refusal("model", model.model, "diffusion models compute tokens more than once")
+    if model.has_noops:
+        yield Refusal(
+            "model", model.model, "some layers have no attention, or kv heads of another number"
+        )
     if model.is_encoder_decoder:
         yield Refusal("model", model.model, "encoder-decoder models keep a second cache")
     if model.use_mla:

@@ -18,6 +18,7 @@ from vllm_spindle.engine.graphs import most_captured_tokens
 from vllm_spindle.engine.options import first_kv_head, request_options
 from vllm_spindle.engine.prompt_tokens import ReducedLayer
 from vllm_spindle.engine.reduction import Reducer
+from vllm_spindle.engine.refusals import group_refusals, raise_if_any
 from vllm_spindle.engine.rotary_table import rotary_table
 from vllm_spindle.engine.runners import RunnerView, view_of
 from vllm_spindle.engine.spec import SpindleSpec
@@ -181,10 +182,15 @@ def _visual_mask(mm_features: Any, prompt_len: int) -> Tensor | None:
 
 
 def _groups(runner: Any) -> list[int]:
-    """KV-cache group of each band."""
-    specs = [group.kv_cache_spec for group in runner.kv_cache_config.kv_cache_groups]
-    order = sorted(range(len(specs)), key=lambda group: specs[group].band)
-    assert [specs[group].band for group in order] == list(range(len(specs)))
+    """KV-cache group of each band.
+
+    Raises:
+        ValueError: if a band is not one group, or not all of it.
+    """
+    groups = runner.kv_cache_config.kv_cache_groups
+    order = sorted(range(len(groups)), key=lambda group: groups[group].kv_cache_spec.band)
+    in_order = [groups[group] for group in order]
+    raise_if_any(group_refusals(in_order, groups[0].kv_cache_spec.policy))
     return order
 
 

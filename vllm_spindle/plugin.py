@@ -20,10 +20,11 @@ def register() -> None:
 
 
 def _on_engine_config(vllm_config: Any) -> None:
-    from vllm_spindle.engine.options import check_request
+    from vllm_spindle.engine.options import check_beam_search, check_request
     from vllm_spindle.engine.startup import prepare
-    from vllm_spindle_patches import plugin_stats, request_admission
+    from vllm_spindle_patches import beam_search, plugin_stats, request_admission
 
     request_admission.apply(check_request)
     if prepare(vllm_config):
         plugin_stats.apply()
+        beam_search.apply(check_beam_search)

@@ -22,6 +22,7 @@ def _cases() -> dict[str, tuple[Any, str, Callable[[], None]]]:
 
     from vllm_spindle_patches import (
         attention_layer,
+        beam_search,
         engine_config,
         request_admission,
         scheduler_overrides,
@@ -46,12 +47,23 @@ def _cases() -> dict[str, tuple[Any, str, Callable[[], None]]]:
             "process_inputs",
             lambda: request_admission.apply(_nothing),
         ),
+        "beam_search": (
+            beam_search.BeamSearchOnlineMixin,
+            "beam_search",
+            lambda: beam_search.apply(_nothing),
+        ),
+        "beam_search_offline": (
+            beam_search.BeamSearchOfflineMixin,
+            "beam_search",
+            lambda: beam_search.apply(_nothing),
+        ),
         "attention_spec": (attention.Attention, "get_kv_cache_spec", layer),
         "attention_backend": (attention, "get_attn_backend", layer),
     }
 
 
-CASES = ["engine_config", "request_admission", "attention_spec", "attention_backend"]
+CASES = ["engine_config", "request_admission", "beam_search", "beam_search_offline"]
+CASES += ["attention_spec", "attention_backend"]
 # What would be silent: an override that vLLM no longer calls.
 OVERRIDES = [
     "Scheduler._get_local_prefix_cache_hit",
@@ -66,10 +78,10 @@ OVERRIDES = [
 @pytest.fixture(autouse=True)
 def _restore() -> Any:
     """vLLM and the patches' callbacks as they were."""
-    from vllm_spindle_patches import engine_config, request_admission
+    from vllm_spindle_patches import beam_search, engine_config, request_admission
 
     stock = {(owner, name): getattr(owner, name) for owner, name, _ in _cases().values()}
-    callbacks = [(m, list(m._callbacks)) for m in (engine_config, request_admission)]
+    callbacks = [(m, list(m._callbacks)) for m in (engine_config, request_admission, beam_search)]
     yield
     for (owner, name), value in stock.items():
         setattr(owner, name, value)

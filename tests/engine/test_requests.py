@@ -1,5 +1,6 @@
 """One request: several samples, streaming, a ratio of its own, a bad one, compiled mode."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from engine_child import in_child
 
 pytestmark = pytest.mark.engine
 
+NEEDLE = Path(__file__).parents[2] / "models" / "needle"
 PROMPT_LEN = 1100
 RATIOS = [None, 0.1, 0.25, 0.5, 0.75, 1.0]
 KINDS = ["CUMULATIVE", "DELTA", "FINAL_ONLY"]
@@ -121,6 +123,26 @@ def _refused(running: Any, name: str, extra_args: dict[str, Any]) -> dict[str, A
     return {}
 
 
+def beams() -> dict[str, Any]:
+    """What a beam search says, with spindle and without."""
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import BeamSearchParams
+
+    from engine_probe.engines import engine
+
+    params = BeamSearchParams(beam_width=2, max_tokens=3, ignore_eos=True)
+    found: dict[str, Any] = {}
+    for name, spindle in {"on": {"keep_ratio": 0.02}, "off": None}.items():
+        with engine(str(NEEDLE), spindle, skip_tokenizer_init=False) as running:
+            try:
+                (answer,) = running.llm.beam_search([{"prompt": "The quick brown fox"}], params)
+                found[name] = len(answer.sequences)
+            except VLLMValidationError as error:
+                found[name] = [error.parameter, str(error)]
+            found[name + "_after"] = [len(tokens) for tokens in running.run([_ask()])]
+    return found
+
+
 def _compiled(running: Any) -> dict[str, Any]:
     from dataclasses import asdict
 
@@ -214,3 +236,13 @@ def test_compiled_mode_holds_plan_and_twin(found: dict[str, Any]) -> None:
     assert compiled["error"] < 5e-3
     assert compiled["kept_differ"] == 0 < compiled["kept_layers"]
     assert [len(tokens) for tokens in compiled["tokens"]] == [24, 24]
+
+
+def test_a_beam_search_is_refused() -> None:
+    """Each of its tokens is a new prompt's first: with spindle it would be full KV, unsaid."""
+    found = in_child(beams)
+    parameter, message = found["on"]
+    assert parameter == "use_beam_search"
+    assert "beam search is not supported with spindle" in message
+    assert found["off"] == 2
+    assert found["on_after"] == found["off_after"] == [24]

@@ -237,6 +237,15 @@ def test_a_bad_request_is_refused_alone(
     assert good.result().json()["usage"]["completion_tokens"] == 32
 
 
+def test_a_beam_search_is_refused(server: VllmServer) -> None:
+    """HTTP 400, as nothing that was reduced would ever be read."""
+    body = {"model": server.model, "prompt": "The quick brown fox", "max_tokens": 4, "n": 2}
+    found = httpx.post(server.url + "/v1/completions", json=body | {"use_beam_search": True})
+    assert found.status_code == 400
+    assert "beam search is not supported with spindle" in found.json()["error"]["message"]
+    assert httpx.post(server.url + "/v1/completions", json=body, timeout=120).status_code == 200
+
+
 def test_a_client_that_leaves_gives_its_blocks_back(
     server: VllmServer, questions: list[needle.NeedleQuestion]
 ) -> None:

@@ -150,6 +150,24 @@ def check_request(vllm_config: VllmConfig, prompt: Any, params: Any, resumable: 
         )
 
 
+def check_beam_search(vllm_config: VllmConfig) -> None:
+    """Refuse a beam search where it would be full KV, unnoticed.
+
+    vLLM asks for each of its tokens with a prompt of its own, whose first token comes before the
+    reduction: nothing that was reduced is ever read.
+
+    Raises:
+        VLLMValidationError: HTTP 400 for this request.
+    """
+    if switched_on(vllm_config) is not None:
+        raise VLLMValidationError(
+            "beam search is not supported with spindle: vLLM computes each of its tokens from a "
+            "new prompt, of which nothing would be reduced; sample with n, or serve without "
+            "spindle",
+            parameter="use_beam_search",
+        )
+
+
 def _additional(vllm_config: VllmConfig) -> dict[str, Any]:
     additional = vllm_config.additional_config
     return additional if isinstance(additional, dict) else {}

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from prometheus_client import Counter, Gauge
+from prometheus_client import REGISTRY, Counter, Gauge
 from vllm.config import VllmConfig
 from vllm.v1.metrics.loggers import StatLoggerBase
 
@@ -58,9 +58,11 @@ class SpindleStatLogger(StatLoggerBase):
         """Show the metrics, at zero.
 
         Not in ``__init__``: vLLM's own Prometheus logger is made after ours, and removes every
-        ``vllm:`` metric that it finds.
+        ``vllm:`` metric that it finds; ours of an engine before this one, too.
         """
         if self._is_on:
+            if _created and not _are_shown():
+                _created.clear()
             metrics = _metrics()
             metrics["reductions"].labels(*self._labels)
             metrics["seconds"].labels(*self._labels)
@@ -99,6 +101,17 @@ def _metrics() -> dict[str, Any]:
             multiprocess_mode="mostrecent",
         )
     return _created
+
+
+def _are_shown() -> bool:
+    """Whether the registry still has the metrics that were created."""
+    metric = _created["reductions"]
+    try:
+        REGISTRY.register(metric)
+    except ValueError:  # it has them
+        return True
+    REGISTRY.unregister(metric)
+    return False
 
 
 _created: dict[str, Any] = {}

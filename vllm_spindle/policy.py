@@ -5,9 +5,10 @@ scheduler and every worker compute the same plan.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,13 @@ from vllm_spindle.core.bands import default_num_bands, split_layers, usable_num_
 from vllm_spindle.core.budget import BandPlan, plan_prompt, shareable_blocks
 from vllm_spindle.core.observers import observed_positions
 from vllm_spindle.core.pacing import ReductionQueue
-from vllm_spindle.core.profile import Profile, head_blocks, make_profile, shares_at
+from vllm_spindle.core.profile import (
+    HeadShares,
+    Profile,
+    head_blocks,
+    make_profile,
+    shares_at,
+)
 
 SERVERS = RequestOptions()
 """A request that sets nothing for itself."""
@@ -37,6 +44,18 @@ class SpindlePolicy:
     num_layers: int
     block_size: int
     num_queries_per_kv: int
+
+    def __hash__(self) -> int:
+        """Worked out once: plans are looked up by it, and a profile has thousands of numbers."""
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.config, self.num_layers, self.block_size, self.num_queries_per_kv))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone: another process hashes the same strings to other numbers."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
     def __post_init__(self) -> None:
         profile = self.profile
@@ -89,7 +108,7 @@ class SpindlePolicy:
             heads: those of a rank; all of them together hold the region.
         """
         return _head_blocks(
-            self.config.head_shares,
+            self,
             layer_idx,
             plan.context_share,
             heads,
@@ -170,17 +189,25 @@ def _profile(head_shares: PackedShares | None) -> Profile:
 
 @lru_cache(maxsize=16384)
 def _head_blocks(
-    head_shares: PackedShares | None,
+    policy: SpindlePolicy,
     layer_idx: int,
     context_share: Fraction,
     heads: range,
     reduced_blocks: int,
     context_blocks: int,
 ) -> tuple[int, ...]:
-    shares = shares_at(_profile(head_shares), context_share)[layer_idx]
+    shares = _head_shares(policy, context_share)[layer_idx]
     return head_blocks(
         [shares[head] for head in heads], reduced_blocks * len(heads), context_blocks
     )
+
+
+@lru_cache(maxsize=64)
+def _head_shares(policy: SpindlePolicy, context_share: Fraction) -> HeadShares:
+    """Of all layers, which ask for their own one after the other."""
+    profile = policy.profile
+    assert profile is not None  # only then do heads differ
+    return shares_at(profile, context_share)
 
 
 @lru_cache(maxsize=16384)

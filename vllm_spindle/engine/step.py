@@ -137,7 +137,8 @@ class HeadRows:
             head_blocks: pages of each kv head of each layer of a plan, [Lb][K].
         """
         reduced = [plan if plan and plan.is_reduced else None for plan in plans]
-        counts = {plan: torch.tensor(head_blocks(plan)) for plan in reduced if plan}
+        different = dict.fromkeys(plan for plan in reduced if plan)  # rows often have the same
+        counts = {plan: torch.tensor(head_blocks(plan)) for plan in different}
         if not counts:
             return None
         none = torch.zeros_like(next(iter(counts.values())))

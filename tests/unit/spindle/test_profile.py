@@ -1,6 +1,7 @@
 """Measured budgets: a profile's arithmetic, its file, and how a configuration comes by it."""
 
 import json
+import pickle
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,16 @@ import pytest
 
 import tiny
 from vllm_spindle.config import PROFILE_FILE, SpindleConfig, load_config, with_profile
-from vllm_spindle.core.profile import head_blocks, make_profile, mean_share, shares_at
+from vllm_spindle.core.budget import BandPlan
+from vllm_spindle.core.profile import (
+    HeadShares,
+    Profile,
+    head_blocks,
+    make_profile,
+    mean_share,
+    shares_at,
+)
+from vllm_spindle.engine.step import HeadRows
 from vllm_spindle.policy import SpindlePolicy
 
 HALF = {"0.5": [[0.9, 0.7], [0.3, 0.1]]}
@@ -123,3 +133,59 @@ def test_heads_together_hold_the_region(prompt_len: int, num_bands: int) -> None
     )
     if num_bands == 6 and prompt_len > 1000:
         assert len({plan.held_blocks for plan in plans}) > 1
+
+
+def test_a_profile_is_read_once_for_all_layers_of_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two points all heads are interpolated: once, not once for each layer."""
+    dials = {"keep_ratio": 0.31, "budget": "measured", "head_shares": SHARES}
+    policy = SpindlePolicy(load_config(dials), 6, 32, 4)
+    plan = policy.plan(1331)[0]
+    asked = []
+
+    def counting(profile: Profile, mean: Fraction) -> HeadShares:
+        asked.append(mean)
+        return shares_at(profile, mean)
+
+    monkeypatch.setattr("vllm_spindle.policy.shares_at", counting)
+    for layer_idx in policy.bands[0]:
+        for heads in (range(2), range(1)):
+            policy.head_blocks(layer_idx, plan, heads)
+    assert asked == [plan.context_share]
+
+
+def test_a_plan_is_looked_up_without_its_profile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every running request's, in every step: thousands of numbers are not hashed for each."""
+    dials = {"keep_ratio": 0.32, "budget": "measured", "head_shares": SHARES}
+    policy = SpindlePolicy(load_config(dials), 6, 32, 4)
+    hashed = []
+    stock = SpindleConfig.__hash__
+
+    def counting(config: SpindleConfig) -> int:
+        hashed.append(config)
+        return stock(config)
+
+    monkeypatch.setattr(SpindleConfig, "__hash__", counting)
+    for prompt_len in (900, 900, 1000):
+        policy.shareable(prompt_len)
+        policy.head_blocks(0, policy.plan(prompt_len)[0], range(2))
+    assert len(hashed) == 1
+    copied = pickle.loads(pickle.dumps(policy))
+    assert copied == policy
+    assert hash(copied) == hash(policy)
+    # Not sent: another process has other hashes of strings.
+    assert len(hashed) == 2
+
+
+def test_rows_of_one_plan_share_its_counts() -> None:
+    """A batch of like prompts asks for the pages of its heads once."""
+    plan, other = (BandPlan(first_block=first, tail_block=8, prompt_blocks=9) for first in (4, 6))
+    asked = []
+
+    def head_blocks_of(of: BandPlan) -> list[tuple[int, ...]]:
+        asked.append(of)
+        return [(of.reduced_blocks + 1, of.reduced_blocks - 1)]
+
+    rows = HeadRows.of([plan, None, other, plan], head_blocks_of)
+    assert asked == [plan, other]
+    assert rows is not None
+    assert rows.head_blocks.tolist() == [[[5, 0, 3, 5], [3, 0, 1, 3]]]

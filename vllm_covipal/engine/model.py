@@ -4,10 +4,12 @@ They stand before the stock class, ``class Pruning(PruningMixin, Stock)``, and g
 asks for nothing to it untouched.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from torch import Tensor
+from vllm.lora.layers import VocabParallelEmbeddingWithLoRA
 
 from vllm_covipal.engine import mrope
 from vllm_covipal.engine.families import Family
@@ -46,7 +48,9 @@ class PruningMixin:
         return item.rows
 
     def _embed_text(self, token_ids: Tensor) -> Tensor:
-        return self.get_language_model().embed_input_ids(token_ids)  # type: ignore[attr-defined]
+        language_model = self.get_language_model()  # type: ignore[attr-defined]
+        with _without_adapters(language_model):
+            return language_model.embed_input_ids(token_ids)  # type: ignore[no-any-return]
 
 
 class PruningMRoPEMixin(PruningMixin):
@@ -87,3 +91,20 @@ class PruningMRoPEMixin(PruningMixin):
     def _placed(self, modality: str, item: PrunedItem) -> Tensor:
         offsets = mrope.grid_offsets(self, modality, item.fields)
         return mrope.append_offsets(item.rows, offsets.to(item.rows.device)[:, item.indices])
+
+
+@contextmanager
+def _without_adapters(language_model: Any) -> Iterator[None]:
+    """The model's own embeddings, whatever adapters the step's requests have.
+
+    LoRA's layer goes by the tokens of the step, in their order, and a text context is none of them;
+    and the rows that are chosen are cached for requests with any adapter.
+    """
+    layers = [m for m in language_model.modules() if isinstance(m, VocabParallelEmbeddingWithLoRA)]
+    for layer in layers:
+        layer.forward = layer.base_layer.forward
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward

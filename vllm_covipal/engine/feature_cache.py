@@ -37,6 +37,11 @@ class FeatureCache:
             _, oldest = self._entries.popitem(last=False)
             self._bytes -= oldest.nbytes
 
+    def clear(self) -> None:
+        """Forget everything: the weights are others now."""
+        self._entries.clear()
+        self._bytes = 0
+
     @property
     def num_bytes(self) -> int:
         """Bytes held now."""

@@ -68,6 +68,10 @@ class VisualPruner:
         stats, self._stats = self._stats, PrunerStats()
         return {f.name: getattr(stats, f.name) for f in fields(stats)} if stats.items else None
 
+    def forget(self) -> None:
+        """Drop the embeddings that are kept for other questions."""
+        self._reused.clear()
+
     @torch.inference_mode()
     def __call__(
         self,
@@ -160,6 +164,13 @@ class PrunedItem:
     """Which rows of the unpruned item they are, ascending. [K], int64."""
     fields: Mapping[str, Any] = field(repr=False)
     """The item's processor fields."""
+
+
+def forget_encoded(runner: Any) -> None:
+    """A model runner's encoder cache was reset: what the pruner keeps is as old."""
+    pruner = getattr(runner.get_model(), "visual_pruner", None)
+    if pruner is not None:
+        pruner.forget()
 
 
 def _of_rank_zero(indices: list[Tensor]) -> list[Tensor]:

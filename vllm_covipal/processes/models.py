@@ -18,10 +18,12 @@ from vllm_covipal.engine.families import (
 )
 from vllm_covipal.engine.model import PruningMixin, PruningMRoPEMixin
 from vllm_covipal.engine.processor import pruning_factory
-from vllm_spindle_patches import media_positions, worker_stats
+from vllm_covipal.engine.visual_pruner import forget_encoded
+from vllm_spindle_patches import encoder_reset, media_positions, worker_stats
 
 media_positions.apply()
 worker_stats.apply(metrics.NAME, metrics.worker_stats)
+encoder_reset.apply(forget_encoded)
 
 
 def with_pruning_processor(model_class: Any) -> Any:

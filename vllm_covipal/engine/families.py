@@ -58,8 +58,15 @@ class Family(ABC):
     def num_encoder_rows(self, model: Any, modality: str, fields: Mapping[str, Any]) -> int:
         """Rows that the vision tower works on for this item: what bounds a batch's memory."""
 
-    def check_placeholders(self, ranges: Mapping[str, Sequence[Any]]) -> None:  # noqa: B027
+    def check_placeholders(  # noqa: B027
+        self, hf_config: Any, prompt_ids: Sequence[int], ranges: Mapping[str, Sequence[Any]]
+    ) -> None:
         """Refuse a prompt whose pruned items cannot be placed; most families place any.
+
+        Args:
+            hf_config: the model's.
+            prompt_ids: the prompt with its placeholders.
+            ranges: of the placeholders, by modality.
 
         Raises:
             VLLMValidationError: HTTP 400.
@@ -165,13 +172,27 @@ class QwenVLFamily(Family):
         merge = model.config.vision_config.spatial_merge_size
         return int(fields[f"{modality}_grid_thw"].prod()) // merge**2
 
-    def check_placeholders(self, ranges: Mapping[str, Sequence[Any]]) -> None:
-        """Items side by side leave no text position to count from (mrope.py)."""
+    def check_placeholders(
+        self, hf_config: Any, prompt_ids: Sequence[int], ranges: Mapping[str, Sequence[Any]]
+    ) -> None:
+        """Text is what items and the answer are counted from, and pads are items (mrope.py)."""
         spans = sorted((r.offset, r.offset + r.length) for of in ranges.values() for r in of)
         if any(end == start for (_, end), (start, _) in zip(spans, spans[1:], strict=False)):
             raise VLLMValidationError(
                 "two images or videos stand side by side in the prompt: put a token between them, "
                 "as the chat template does (<|vision_end|><|vision_start|>)"
+            )
+        if any(end == len(prompt_ids) for _, end in spans):
+            raise VLLMValidationError(
+                "the prompt ends with an image or a video, so that the answer has no text to be "
+                "counted from: put a token behind it, as the chat template does (<|vision_end|>)"
+            )
+        pads = set(self.placeholder_ids(hf_config).values())
+        num_others = sum(token in pads for token in prompt_ids) - sum(e - s for s, e in spans)
+        if num_others:
+            raise VLLMValidationError(
+                f"the prompt has {num_others} more image or video pads than images and videos "
+                "take: a pad cannot be text where images are pruned"
             )
 
 

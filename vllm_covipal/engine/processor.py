@@ -86,7 +86,11 @@ class PruningProcessorMixin:
         requests = self._requests(inputs, keep_ratio)
         inputs.hf_processor_mm_kwargs = {**kwargs, REQUESTS_KEY: requests}
         result = super().apply(inputs, timing_ctx)  # type: ignore[misc]
-        self._family.check_placeholders(result["mm_placeholders"])
+        self._family.check_placeholders(
+            self.info.get_hf_config(),  # type: ignore[attr-defined]
+            result["prompt_token_ids"],
+            result["mm_placeholders"],
+        )
         return {**result, KEEP_RATIO_KEY: keep_ratio}
 
     def _requests(self, inputs: Any, keep_ratio: float) -> Requests:

@@ -162,6 +162,7 @@ def test_growing_chat_keeps_its_prefix(server: VllmServer, client: openai.OpenAI
         ({"covipal_keep_ratio": 1.5}, "must be in (0, 1], got 1.5"),
         ({"covipal_keep_ratio": "half"}, "must be a number in (0, 1], got 'half'"),
         ({"covipal_ratio": 0.5}, "did you mean 'covipal_keep_ratio'?"),
+        ({"coviapl_keep_ratio": 0.5}, "did you mean 'covipal_keep_ratio'?"),
     ],
 )
 def test_bad_ratio_is_400(server: VllmServer, xargs: dict[str, Any], said: str) -> None:

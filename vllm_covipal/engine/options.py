@@ -102,6 +102,7 @@ def check_request(vllm_config: VllmConfig, prompt: Any, params: Any, resumable: 
         VLLMValidationError: HTTP 400 for this request.
     """
     extra_args = getattr(params, "extra_args", None) or {}
+    check_keys(extra_args)
     keep_ratio, _ = take_keep_ratio(processor_kwargs(extra_args), 1.0)
     if keep_ratio < 1 and attached(vllm_config.model_config) is None:
         raise VLLMValidationError(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import PixtralVisionConfig
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
@@ -38,6 +39,7 @@ def config_refusals(vllm_config: VllmConfig) -> list[Refusal]:
     """Everything in the configuration that stands against switching on."""
     return [
         *_platform(vllm_config),
+        *_front_process(),
         *_model(vllm_config),
         *_encoder(vllm_config),
         *_parallel(vllm_config),
@@ -49,6 +51,15 @@ def _platform(vllm_config: VllmConfig) -> Iterator[Refusal]:
         yield Refusal(
             "platform", current_platform.device_name, "it serves vLLM's CPU and CUDA platforms"
         )
+
+
+def _front_process() -> Iterator[Refusal]:
+    if envs.VLLM_USE_RUST_FRONTEND:
+        yield Refusal(
+            "VLLM_USE_RUST_FRONTEND", True, "images are counted where requests are read, and that "
+            "process loads no plugin, so that it would hand them on unpruned",
+            "unset it",
+        )  # fmt: skip
 
 
 def _model(vllm_config: VllmConfig) -> Iterator[Refusal]:

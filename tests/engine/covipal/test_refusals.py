@@ -79,7 +79,23 @@ def messages(folders: dict[str, str], other_ppm: str) -> dict[str, str]:
             found[name] = ""
         except ValueError as error:
             found[name] = str(error)
+    found["rust-frontend"] = _with_rust_frontend(folders["llava"])
     return found | _elsewhere(folders["llava"])
+
+
+def _with_rust_frontend(model: str) -> str:
+    """What start-up says where vLLM's compiled front process is asked for."""
+    from unittest.mock import patch
+
+    from vllm.engine.arg_utils import EngineArgs
+
+    args = EngineArgs(model, max_model_len=512, additional_config={"covipal": ON})
+    with patch.dict("os.environ", VLLM_USE_RUST_FRONTEND="1"):
+        try:
+            args.create_engine_config()
+        except ValueError as error:
+            return str(error)
+    return ""
 
 
 def _elsewhere(model: str) -> dict[str, str]:
@@ -140,6 +156,13 @@ def test_refused_with_a_way_out(said: dict[str, str], name: str) -> None:
     for part in CASES[name][3]:
         assert part in message[place:], message
         place = message.index(part, place)
+
+
+def test_a_front_process_without_plugins_is_refused(said: dict[str, str]) -> None:
+    """It would hand on every picture unpruned."""
+    message = said["rust-frontend"]
+    assert "VLLM_USE_RUST_FRONTEND=True" in message and "no plugin" in message
+    assert "unset it" in message
 
 
 def test_a_module_of_another_model_is_refused_by_name(said: dict[str, str]) -> None:

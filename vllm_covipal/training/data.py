@@ -106,19 +106,15 @@ class FileSource:
             with self._path.open("rb") as file:
                 if file.read(1) == b"[":
                     file.seek(0)
-                    self._loaded = [s for s in json.load(file) if s.get("image")]
-                    for i, sample in enumerate(self._loaded):
-                        self._turns(sample, f"sample {i}")
-                    return
-            for number, start, line in self._lines():
-                if self._parsed(line, number).get("image"):
-                    self._turns(self._parsed(line, number), f"line {number}")
+                    self._loaded = self._with_pictures(json.load(file))
+            for number, start, line in self._lines() if self._loaded is None else ():
+                if self._with_picture(self._parsed(line, number), f"line {number}"):
                     self._spans.append((start, len(line)))
         except OSError as error:
             raise ValueError(f"cannot read the samples {path} ({error.strerror})") from None
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}: not valid JSON: {error}") from None
-        if not self._spans:
+        if not len(self):
             raise ValueError(f"{path}: no sample with an image")
 
     def __len__(self) -> int:
@@ -138,9 +134,23 @@ class FileSource:
                 sample = json.loads(file.read(size))
         else:
             sample = self._loaded[index]
-        paths = sample["image"] if isinstance(sample["image"], list) else [sample["image"]]
         name = str(sample.get("id", index))
-        return Sample(name, tuple(map(self._picture, paths)), self._turns(sample, name))
+        pictures = tuple(map(self._picture, _paths(sample)))
+        return Sample(name, pictures, self._turns(sample, name))
+
+    def _with_pictures(self, samples: list[Any]) -> list[Any]:
+        return [s for i, s in enumerate(samples) if self._with_picture(s, f"sample {i}")]
+
+    def _with_picture(self, sample: Any, where: str) -> bool:
+        """Whether a sample counts; one that does is checked."""
+        if not isinstance(sample, dict):
+            raise ValueError(f"{self._path}, {where}: expected a JSON object")
+        if not sample.get("image"):
+            return False
+        if not all(isinstance(path, str) for path in _paths(sample)):
+            raise ValueError(f"{self._path}, {where}: 'image' must be a path or a list of paths")
+        self._turns(sample, where)
+        return True
 
     def _lines(self) -> Iterator[tuple[int, int, bytes]]:
         start = 0
@@ -150,30 +160,37 @@ class FileSource:
                     yield number, start, line
                 start += len(line)
 
-    def _parsed(self, line: bytes, number: int) -> dict[str, Any]:
+    def _parsed(self, line: bytes, number: int) -> Any:
         try:
-            sample = json.loads(line)
+            return json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{self._path}, line {number}: not valid JSON: {error}") from None
-        if not isinstance(sample, dict):
-            raise ValueError(f"{self._path}, line {number}: expected a JSON object")
-        return sample
 
     def _turns(self, sample: dict[str, Any], where: str) -> tuple[Turn, ...]:
         said = sample.get("conversations")
         try:
-            turns = tuple(
-                Turn(human["value"], answer["value"], str(sample.get("type", "")))
-                for human, answer in zip(said[::2], said[1::2], strict=True)
-                if (human["from"], answer["from"]) == ("human", "gpt")
-            )
+            pairs = list(zip(said[::2], said[1::2], strict=True))
+            speakers = {(human["from"], answer["from"]) for human, answer in pairs}
+            values = [(human["value"], answer["value"]) for human, answer in pairs]
         except (TypeError, KeyError, ValueError):
-            turns = ()
-        if not turns:
+            speakers, values = set(), []
+        are_texts = all(isinstance(text, str) for pair in values for text in pair)
+        if speakers != {("human", "gpt")} or not are_texts:
             raise ValueError(
                 f"{self._path}, {where}: 'conversations' must be human and gpt in turn, each "
-                '{"from": ..., "value": ...}'
+                '{"from": ..., "value": ...}, the values texts'
             )
+        turns = tuple(Turn(*pair, str(sample.get("type", ""))) for pair in values)
+        num_pictures = len(_paths(sample))
+        for turn in turns:
+            if not turn.answer.strip():
+                raise ValueError(f"{self._path}, {where}: an answer is blank")
+            num_places = turn.question.count(PLACEHOLDER)
+            if num_places > num_pictures:
+                raise ValueError(
+                    f"{self._path}, {where}: a question has {num_places} {PLACEHOLDER} for "
+                    f"{num_pictures} picture{'s' * (num_pictures > 1)}"
+                )
         self.types.add(turns[0].type)
         return turns
 
@@ -183,6 +200,11 @@ class FileSource:
                 return image.convert("RGB")
         except (OSError, UnidentifiedImageError) as error:
             raise ValueError(f"cannot read the image {self._images / path} ({error})") from None
+
+
+def _paths(sample: dict[str, Any]) -> list[Any]:
+    image = sample["image"]
+    return image if isinstance(image, list) else [image]
 
 
 def open_source(recipe: DataRecipe) -> Source:

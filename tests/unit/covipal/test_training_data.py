@@ -11,7 +11,7 @@ import tiny_lvlm
 from vllm_covipal.evaluation import shapes
 from vllm_covipal.training.data import FileSource, ShapesSource, Turn, draw_indices, draw_turns
 
-GOOD = [
+GOOD: list[dict[str, Any]] = [
     {
         "id": "a",
         "image": "one.png",
@@ -31,6 +31,8 @@ GOOD = [
         ],
     },
 ]
+
+SAID = GOOD[0]["conversations"][:2]
 
 
 def _write(folder: Path, samples: list[Any], *, as_list: bool = False) -> str:
@@ -59,14 +61,24 @@ def test_the_llava_format(tmp_path: Path, as_list: bool) -> None:
         ({"conversations": []}, "line 1: 'conversations' must be"),
         ({"conversations": [{"from": "gpt", "value": "x"}] * 2}, "human and gpt in turn"),
         ({"conversations": None}, "'conversations' must be"),
+        ({"conversations": SAID + SAID[::-1]}, "line 1: 'conversations' must be human and gpt in"),
+        ({"conversations": [SAID[0] | {"value": None}, SAID[1]]}, "'conversations' must be"),
+        ({"conversations": [SAID[0], SAID[1] | {"value": 3}]}, "'conversations' must be"),
+        ({"conversations": [SAID[0], SAID[1] | {"value": " "}]}, "line 1: an answer is blank"),
+        ({"image": ["one.png", 2]}, "line 1: 'image' must be a path or a list of paths"),
+        (
+            {"conversations": [SAID[0] | {"value": "<image> or <image>?"}, SAID[1]]},
+            "line 1: a question has 2 <image> for 1 picture",
+        ),
     ],
 )
+@pytest.mark.parametrize("as_list", [False, True])
 def test_a_sample_of_another_form_is_named(
-    tmp_path: Path, change: dict[str, Any], words: str
+    tmp_path: Path, change: dict[str, Any], words: str, as_list: bool
 ) -> None:
-    """At the start of the run, with its line."""
-    path = _write(tmp_path, [GOOD[0] | change])
-    with pytest.raises(ValueError, match=words):
+    """At the start of the run, with its line, or its number in a list."""
+    path = _write(tmp_path, [GOOD[0] | change], as_list=as_list)
+    with pytest.raises(ValueError, match=words.replace("line 1", "sample 0") if as_list else words):
         FileSource(path, str(tmp_path))
 
 
@@ -78,8 +90,11 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     broken.write_text('{"image": "a.png"\n', encoding="utf-8")
     with pytest.raises(ValueError, match="line 1: not valid JSON"):
         FileSource(str(broken), ".")
-    with pytest.raises(ValueError, match="no sample with an image"):
-        FileSource(_write(tmp_path, GOOD[1:2]), ".")
+    for as_list in (False, True):
+        with pytest.raises(ValueError, match="no sample with an image"):
+            FileSource(_write(tmp_path, GOOD[1:2], as_list=as_list), ".")
+        with pytest.raises(ValueError, match=r"(line 1|sample 0): expected a JSON object"):
+            FileSource(_write(tmp_path, ["text"], as_list=as_list), ".")
     source = FileSource(_write(tmp_path, [GOOD[0] | {"image": "gone.png"}]), str(tmp_path))
     with pytest.raises(ValueError, match=r"cannot read the image .*gone\.png"):
         source[0]

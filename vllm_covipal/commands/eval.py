@@ -83,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--pictures: no folder {args.pictures}")
     # What follows loads for seconds: what is wrong above is said before.
     from vllm_covipal.bench.provenance import provenance
+    from vllm_covipal.evaluation.questions import digest
     from vllm_covipal.evaluation.table import markdown, plot
 
     questions = _questions(args)
@@ -97,6 +98,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         made_by = provenance() | {"num_questions": len(questions), "seed": args.seed}
         made_by["scenes"] = args.scenes
+        if args.data:
+            made_by["data"] = digest(questions)
         made_by["command"] = " ".join(["vllm-covipal", *sys.argv[1:]])
         made_by["rows_from"] = [of_report for of_report, _ in earlier]
         document = {"provenance": made_by, "rows": results.as_json()}
@@ -142,6 +145,7 @@ def _read_rows(
         ValueError: if it is none, or over other questions.
     """
     from vllm_covipal.evaluation.accuracy import Row
+    from vllm_covipal.evaluation.questions import digest
 
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -159,6 +163,9 @@ def _read_rows(
         raise ValueError(f"--rows-from {path}: not a report of --json ({error!r})") from None
     theirs = (made_by["num_questions"], made_by["seed"], made_by.get("scenes", "shapes"))
     ours = (len(questions), args.seed, args.scenes)
+    of_file = digest(questions) if args.data else None
+    if made_by.get("data") != of_file:
+        raise ValueError(f"--rows-from {path}: of another file of questions than --data")
     if theirs != ours:
         raise ValueError(
             f"--rows-from {path}: scenes of {theirs[2]}, {theirs[0]} questions of seed "

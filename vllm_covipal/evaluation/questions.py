@@ -3,11 +3,11 @@
 A file's samples may carry ``"type"``; accuracy is reported for each type apart.
 """
 
+import hashlib
 import json
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from PIL import Image
 
@@ -63,12 +63,11 @@ def file_questions(path: str, images: str, num_questions: int | None = None) -> 
     """The first ``num_questions`` of a file; pictures are read when they are needed.
 
     Raises:
-        ValueError: as ``training.data.FileSource``.
+        ValueError: as ``training.data.FileSource``, or if no sample has one picture.
     """
     from vllm_covipal.training.data import PLACEHOLDER, FileSource
 
     source = FileSource(path, images)
-    types = _types(path)
     questions: list[Question] = []
     for index in range(len(source)):
         sample = source[index]
@@ -80,22 +79,20 @@ def file_questions(path: str, images: str, num_questions: int | None = None) -> 
                     load=lambda i=index: source[i].images[0],  # type: ignore[misc]
                     text=turn.question.replace(PLACEHOLDER, "").strip(),
                     answer=turn.answer,
-                    type=types.get(sample.name, "all"),
+                    type=turn.type or "all",
                 )
             )
         if num_questions and len(questions) >= num_questions:
             return questions[:num_questions]
+    if not questions:
+        raise ValueError(f"{path}: no sample with just one image")
     return questions
 
 
-def _types(path: str) -> dict[str, str]:
-    text = Path(path).read_text(encoding="utf-8")
-    samples = (
-        json.loads(text)
-        if text.startswith("[")
-        else [json.loads(line) for line in text.splitlines() if line.strip()]
-    )
-    return {str(s["id"]): str(s["type"]) for s in samples if "id" in s and "type" in s}
+def digest(questions: Sequence[Question]) -> str:
+    """Sixteen hex digits of what is asked and what is right, for questions that have no seed."""
+    words = json.dumps([(question.text, question.answer) for question in questions])
+    return hashlib.sha256(words.encode()).hexdigest()[:16]
 
 
 def _words(text: str) -> list[str]:

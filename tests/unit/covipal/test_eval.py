@@ -141,6 +141,33 @@ def test_questions_of_a_file_carry_their_type(tmp_path: Path) -> None:
     questions = file_questions(str(path), str(tmp_path))
     assert [(q.text, q.answer, q.type) for q in questions] == [("What?", "A cat.", "animals")] * 2
     assert questions[0].load().size == (30, 20) and questions[0].cells is None
+    # Ids are the data's affair: missing, used twice, or like another sample's number.
+    others = [sample | {"type": "plants"}, sample | {"id": "0", "type": "tools"}, sample]
+    del others[0]["id"]
+    path.write_text("\n".join(map(json.dumps, [sample, *others])), encoding="utf-8")
+    types = [question.type for question in file_questions(str(path), str(tmp_path))]
+    assert types == ["animals"] * 2 + ["plants"] * 2 + ["tools"] * 2 + ["animals"] * 2
+    path.write_text(json.dumps(sample | {"image": ["a.png", "a.png"]}), encoding="utf-8")
+    with pytest.raises(ValueError, match="no sample with just one image"):
+        file_questions(str(path), str(tmp_path))
+
+
+def test_rows_of_another_file_are_refused(tmp_path: Path, capsys: Any) -> None:
+    """As many questions, and others."""
+    tiny_lvlm.picture(30, 20).save(tmp_path / "a.png")
+
+    def asked(words: str) -> list[str]:
+        turns = [{"from": "human", "value": words}, {"from": "gpt", "value": "A cat."}]
+        data = tmp_path / f"{words}.jsonl"
+        data.write_text(json.dumps({"image": "a.png", "conversations": turns}), encoding="utf-8")
+        run = ["eval", "--model", str(SHAPES), "--methods", "grid", "--keep-ratio", "0.5"]
+        return [*run, "--data", str(data), "--images", str(tmp_path)]
+
+    report = str(tmp_path / "one.json")
+    assert cli.main([*asked("one"), "--json", report]) == 0
+    assert cli.main([*asked("one"), "--rows-from", report]) == 0
+    assert cli.main([*asked("two"), "--rows-from", report]) == 2
+    assert "of another file of questions" in capsys.readouterr().err
 
 
 def test_the_command(tmp_path: Path, capsys: Any) -> None:

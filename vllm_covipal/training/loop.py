@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ from vllm_covipal.training.lvlm import decoder, default_guide_layer
 from vllm_covipal.training.recipe import StageRecipe, TrainRecipe
 
 NUM_READERS = 2
+WITHOUT_WEIGHTS = {"spread_share", "spread_by"}
+"""Dials of the module that say how it is used: no training depends on them."""
 
 Report = Callable[[int, int, int, dict[str, float]], None]
 """(stage, steps done, steps in all, what to show)."""
@@ -155,9 +157,11 @@ def _check_types(recipe: TrainRecipe, source: Source) -> None:
 
 def _new_module(recipe: TrainRecipe, model: Any, model_name: str) -> PruningModule:
     if recipe.init:
-        return load_pruning_module(
+        module = load_pruning_module(
             recipe.init, fingerprint=fingerprint(model.config), model_name=model_name
         ).requires_grad_(True)
+        module.config = _as_asked(module.config, recipe)
+        return module
     text = model.config.get_text_config()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
@@ -169,6 +173,18 @@ def _new_module(recipe: TrainRecipe, model: Any, model_name: str) -> PruningModu
                 **recipe.module.sizes(),
             )
         )
+
+
+def _as_asked(config: PruningModuleConfig, recipe: TrainRecipe) -> PruningModuleConfig:
+    """The configuration of ``init``, with the recipe's word on what its weights leave open."""
+    said = recipe.module.model_dump(exclude_unset=True, exclude_none=True)
+    for name in said.keys() - WITHOUT_WEIGHTS:
+        if said[name] != getattr(config, name):
+            raise ValueError(
+                f"module.{name}={said[name]}, but the module to start from, init={recipe.init}, "
+                f"has {getattr(config, name)}: leave it out, or start without init"
+            )
+    return replace(config, **{name: said[name] for name in said.keys() & WITHOUT_WEIGHTS})
 
 
 def _run_stage(

@@ -133,7 +133,9 @@ class TrainRecipe(Section):
     out: str = Field(description="folder of the pruning module, checkpoints and curves")
     data: DataRecipe
     init: str | None = Field(
-        None, description="folder of a pruning module to start from, stage 1's of another run, say"
+        None,
+        description="folder of a pruning module to start from, stage 1's of another run, say: its "
+        "sizes, and its spread_share and spread_by where the recipe does not give them",
     )
     seed: int = Field(0, description="of everything that is drawn")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(

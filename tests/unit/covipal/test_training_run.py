@@ -233,6 +233,7 @@ def test_the_command_trains_from_a_file(tmp_path: Path, capsys: Any) -> None:
 def test_what_is_wrong_with_a_run_is_one_line(tmp_path: Path, capsys: Any) -> None:
     """Exit code 2: recipe, samples, model, guide layer."""
     model = tiny_lvlm.write("llava", tmp_path / "model")
+    capsys.readouterr()  # a bar of transformers', unless a test before this one turned bars off
     run = ["train", "--config", str(SHAPES), "--out", str(tmp_path / "out")]
     for arguments, words in (
         (["--stage2.mask", "soft"], "stage2.mask='soft'"),
@@ -252,3 +253,20 @@ def test_weights_of_unknown_types_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"stage2\.type_weights: .* 'counting'; the data have"):
         _train("llava", recipe.model_copy(update={"stage2": stage}))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_start_from_another_module_takes_the_recipe_s_dials(tmp_path: Path) -> None:
+    """What no training depends on is changed; a size that it does not have is refused."""
+    first = _recipe(tmp_path / "one", module={"width": 64, "num_blocks": 1})
+    _train("llava", first)
+    init = {"init": str(tmp_path / "one")}
+    module = {"spread_share": 0.3, "spread_by": "diverse", "num_blocks": 1}
+    _train("llava", _recipe(tmp_path / "two", module=module, **init))
+    config = load_pruning_module(tmp_path / "two").config
+    assert (config.spread_share, config.spread_by) == (0.3, "diverse")
+    assert (config.width, config.num_blocks) == (64, 1)
+    # What is not said stays.
+    _train("llava", _recipe(tmp_path / "three", init=str(tmp_path / "two")))
+    assert load_pruning_module(tmp_path / "three").config.spread_share == 0.3
+    with pytest.raises(ValueError, match=r"module\.num_blocks=2, but .*one, has 1"):
+        _train("llava", _recipe(tmp_path / "four", module={"num_blocks": 2}, **init))

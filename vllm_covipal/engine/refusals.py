@@ -9,6 +9,7 @@ from vllm import envs
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
+from vllm_covipal.config import KEEP_RATIO_KEY
 from vllm_covipal.engine.registration import CLASS_OF
 
 
@@ -44,6 +45,18 @@ def config_refusals(vllm_config: VllmConfig) -> list[Refusal]:
         *_encoder(vllm_config),
         *_parallel(vllm_config),
     ]
+
+
+def misplaced_options(vllm_config: VllmConfig) -> Iterator[Refusal]:
+    """Options of one request where the server's are, with covipal on or off."""
+    multimodal = vllm_config.model_config and vllm_config.model_config.multimodal_config
+    arguments = (multimodal and multimodal.mm_processor_kwargs) or {}
+    if KEEP_RATIO_KEY in arguments:
+        yield Refusal(
+            "--mm-processor-kwargs", dict(arguments), f"{KEEP_RATIO_KEY} is read off one request, "
+            "and here it would be ignored",
+            "give every request's in --additional-config, as {'covipal': {'keep_ratio': ...}}",
+        )  # fmt: skip
 
 
 def _platform(vllm_config: VllmConfig) -> Iterator[Refusal]:

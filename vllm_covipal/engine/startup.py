@@ -9,7 +9,7 @@ from vllm_covipal.core.fingerprint import fingerprint
 from vllm_covipal.core.pruner_files import check_fingerprint, read_config, weights_digest
 from vllm_covipal.engine.compat import version_problem
 from vllm_covipal.engine.options import Options, asked_for, attach
-from vllm_covipal.engine.refusals import config_refusals, raise_if_any
+from vllm_covipal.engine.refusals import config_refusals, misplaced_options, raise_if_any
 from vllm_covipal.engine.registration import CLASS_OF
 
 # Under vLLM's logger tree, so that the user's logging settings apply.
@@ -25,6 +25,7 @@ def prepare(vllm_config: VllmConfig) -> bool:
     Raises:
         ValueError: for a bad option, or a combination that is not supported.
     """
+    raise_if_any(list(misplaced_options(vllm_config)))
     config = asked_for(vllm_config)
     if config is None:
         return False

@@ -34,6 +34,18 @@ CASES: dict[str, tuple[str, Any, dict[str, Any], list[str]]] = {
         {"video_pruning_rate": 0.5},
         ["video_pruning_rate=0.5", "as well", "set one of the two"],
     ),
+    "ratio-of-every-request": (
+        "llava",
+        ON,
+        {"mm_processor_kwargs": {"covipal_keep_ratio": 1.0}},
+        ["--mm-processor-kwargs", "one request", "'covipal': {'keep_ratio': ...}"],
+    ),
+    "ratio-of-every-request-off": (
+        "llava",
+        None,
+        {"mm_processor_kwargs": {"covipal_keep_ratio": 0.5}},
+        ["--mm-processor-kwargs", "one request", "'covipal': {'keep_ratio': ...}"],
+    ),
     "speculation": (
         "llava",
         ON,
@@ -71,7 +83,7 @@ def messages(folders: dict[str, str], other_ppm: str) -> dict[str, str]:
         args = EngineArgs(
             folders.get(model, model),
             max_model_len=512,
-            additional_config={"covipal": covipal},
+            additional_config={} if covipal is None else {"covipal": covipal},
             **flags,
         )
         try:

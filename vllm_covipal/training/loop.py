@@ -226,13 +226,14 @@ def _run_stage(
                 if accelerator.is_main_process:
                     here = Progress(stage, done, digest, accelerator.num_processes)
                     bare = accelerator.unwrap_model(wrapped)
-                    checkpoint.save_checkpoint(run.out, here, bare, optimizer, run.made_by)
+                    # Before the checkpoint: a run that goes on from it takes no step of stage 1.
                     if at_end and stage == 1:
                         save_pruning_module(bare, run.out / "stage1")
                         checkpoint.write_json(
                             run.out / "stage1" / "provenance.json",
                             run.made_by | {"progress": asdict(here)},
                         )
+                    checkpoint.save_checkpoint(run.out, here, bare, optimizer, run.made_by)
                 accelerator.wait_for_everyone()
             if report and accelerator.is_main_process:
                 report(stage, done, recipe.num_steps, shown)

@@ -144,6 +144,28 @@ def test_a_killed_run_goes_on_as_it_would_have(tmp_path: Path, kill_at: tuple[in
         assert torch.equal(weight, resumed.state_dict()[name]), name
 
 
+def test_a_run_killed_between_the_stages_leaves_stage_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its checkpoint is the last thing that is written of it, so what goes on finds all of it."""
+    recipe = _recipe(tmp_path)
+    stock = loop.checkpoint.save_checkpoint
+
+    def save_and_die(out: Path, progress: Any, *args: Any) -> None:
+        stock(out, progress, *args)
+        if (progress.stage, progress.step) == (1, STEPS):
+            raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop.checkpoint, "save_checkpoint", save_and_die)
+        with pytest.raises(Killed):
+            _train("llava", recipe)
+    _train("llava", recipe)
+    load_pruning_module(tmp_path / "stage1")
+    made_by = json.loads((tmp_path / "stage1" / "provenance.json").read_text(encoding="utf-8"))
+    assert made_by["progress"]["step"] == STEPS
+
+
 def _noisy() -> dict[str, Any]:
     return {"num_steps": STEPS, "pictures": 2, "noise": 1.0, "keep_ratio": [0.25, 0.5]}
 

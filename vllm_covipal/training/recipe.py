@@ -188,15 +188,27 @@ def load_recipe(path: str | Path, overrides: dict[str, str] | None = None) -> Tr
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a mapping, got {type(values).__name__}")
     for name, text in (overrides or {}).items():
-        *sections, leaf = name.split(".")
-        inner = values
-        for section in sections:
-            inner = inner.setdefault(section, {})
-        inner[leaf] = yaml.safe_load(text)
+        _override(values, name, text)
     try:
         return TrainRecipe.model_validate(values)
     except ValidationError as error:
         raise ValueError("; ".join(_explain(str(path), e) for e in error.errors())) from None
+
+
+def _override(values: dict[str, Any], name: str, text: str) -> None:
+    """Put the value of a dotted name in place; a section that is missing or empty is made."""
+    *sections, leaf = name.split(".")
+    inner = values
+    for i, section in enumerate(sections, start=1):
+        if inner.get(section) is None:
+            inner[section] = {}
+        inner = inner[section]
+        if not isinstance(inner, dict):
+            raise ValueError(f"--{name}: {'.'.join(sections[:i])} is no section of the recipe")
+    try:
+        inner[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--{name}: not valid YAML: {str(error).splitlines()[0]}") from None
 
 
 def _explain(source: str, error: Any) -> str:

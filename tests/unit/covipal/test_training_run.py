@@ -236,6 +236,21 @@ def test_a_dial_is_overridden_by_its_dotted_name() -> None:
         assert words in str(refusal.value)
 
 
+def test_overrides_of_another_form_are_one_line(tmp_path: Path) -> None:
+    """A section that is no section, and a value that is no YAML."""
+    path = tmp_path / "recipe.yaml"
+    text = SHAPES.read_text(encoding="utf-8")
+    path.write_text(text + "\ninit: folder\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"--init\.width: init is no section"):
+        load_recipe(path, {"init.width": "64"})
+    with pytest.raises(ValueError, match=r"--stage2\.keep_ratio: not valid YAML"):
+        load_recipe(path, {"stage2.keep_ratio": "[0.5"})
+    # A section without a value is an empty one.
+    path.write_text("data:\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="model is missing"):
+        load_recipe(path, {"data.kind": "shapes"})
+
+
 def test_the_command_trains_from_a_file(tmp_path: Path, capsys: Any) -> None:
     """From a model's folder and samples in the LLaVA format to a module that serving loads."""
     model = tiny_lvlm.write("llava", tmp_path / "model")

@@ -20,11 +20,17 @@ def register() -> None:
 
 
 def _on_engine_config(vllm_config: Any) -> None:
-    from vllm_covipal.engine.options import check_request, processor_kwargs
+    from vllm_covipal.engine.options import check_arguments, check_request, processor_kwargs
     from vllm_covipal.engine.startup import prepare
-    from vllm_spindle_patches import chat_params, plugin_stats, request_admission
+    from vllm_spindle_patches import (
+        chat_params,
+        media_arguments,
+        plugin_stats,
+        request_admission,
+    )
 
     request_admission.apply(check_request)
+    media_arguments.apply(check_arguments)
     if prepare(vllm_config):
         chat_params.apply(processor_kwargs)
         plugin_stats.apply()

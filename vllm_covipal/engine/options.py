@@ -104,13 +104,7 @@ def check_request(vllm_config: VllmConfig, prompt: Any, params: Any, resumable: 
     extra_args = getattr(params, "extra_args", None) or {}
     check_keys(extra_args)
     keep_ratio, _ = take_keep_ratio(processor_kwargs(extra_args), 1.0)
-    if keep_ratio < 1 and attached(vllm_config.model_config) is None:
-        raise VLLMValidationError(
-            "this server runs without covipal, so it cannot prune one request's visual tokens; "
-            "start it with --additional-config '{\"covipal\": {...}}'",
-            parameter=KEEP_RATIO_KEY,
-            value=keep_ratio,
-        )
+    _refuse_if_off(vllm_config, keep_ratio)
     if KEEP_RATIO_KEY not in extra_args or not _has_items(prompt):
         return
     used = prompt.get(KEEP_RATIO_KEY, 1.0)
@@ -119,6 +113,25 @@ def check_request(vllm_config: VllmConfig, prompt: Any, params: Any, resumable: 
             f"{KEEP_RATIO_KEY}={keep_ratio} comes too late: this prompt's images and videos were "
             f"processed at {used}; offline, give it with the prompt, as "
             f"mm_processor_kwargs={{{KEEP_RATIO_KEY!r}: {keep_ratio}}}",
+            parameter=KEEP_RATIO_KEY,
+            value=keep_ratio,
+        )
+
+
+def check_arguments(vllm_config: VllmConfig, arguments: Mapping[str, object]) -> None:
+    """The same for a request's processor arguments: a stock processor would ignore the ratio.
+
+    Raises:
+        VLLMValidationError: HTTP 400 for this request.
+    """
+    _refuse_if_off(vllm_config, take_keep_ratio(arguments, 1.0)[0])
+
+
+def _refuse_if_off(vllm_config: VllmConfig, keep_ratio: float) -> None:
+    if keep_ratio < 1 and attached(vllm_config.model_config) is None:
+        raise VLLMValidationError(
+            "this server runs without covipal, so it cannot prune one request's visual tokens; "
+            "start it with --additional-config '{\"covipal\": {...}}'",
             parameter=KEEP_RATIO_KEY,
             value=keep_ratio,
         )

@@ -18,12 +18,16 @@ def _cases() -> dict[str, tuple[Any, str, Callable[[], None]]]:
     """Per patch: the object it changes or checks, the name on it, and how to apply it."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.layers.attention import attention
+    from vllm.renderers.base import BaseRenderer
     from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     from vllm_spindle_patches import (
         attention_layer,
         beam_search,
+        encoder_reset,
         engine_config,
+        media_arguments,
         request_admission,
         scheduler_overrides,
     )
@@ -57,13 +61,31 @@ def _cases() -> dict[str, tuple[Any, str, Callable[[], None]]]:
             "beam_search",
             lambda: beam_search.apply(_nothing),
         ),
+        "media_arguments": (
+            BaseRenderer,
+            "_process_multimodal",
+            lambda: media_arguments.apply(_nothing),
+        ),
+        "encoder_reset": (
+            GPUModelRunner,
+            "reset_encoder_cache",
+            lambda: encoder_reset.apply(_nothing),
+        ),
         "attention_spec": (attention.Attention, "get_kv_cache_spec", layer),
         "attention_backend": (attention, "get_attn_backend", layer),
     }
 
 
-CASES = ["engine_config", "request_admission", "beam_search", "beam_search_offline"]
-CASES += ["attention_spec", "attention_backend"]
+CASES = [
+    "engine_config",
+    "request_admission",
+    "beam_search",
+    "beam_search_offline",
+    "media_arguments",
+    "encoder_reset",
+    "attention_spec",
+    "attention_backend",
+]
 # What would be silent: an override that vLLM no longer calls.
 OVERRIDES = [
     "Scheduler._get_local_prefix_cache_hit",
@@ -78,10 +100,17 @@ OVERRIDES = [
 @pytest.fixture(autouse=True)
 def _restore() -> Any:
     """vLLM and the patches' callbacks as they were."""
-    from vllm_spindle_patches import beam_search, engine_config, request_admission
+    from vllm_spindle_patches import (
+        beam_search,
+        encoder_reset,
+        engine_config,
+        media_arguments,
+        request_admission,
+    )
 
     stock = {(owner, name): getattr(owner, name) for owner, name, _ in _cases().values()}
-    callbacks = [(m, list(m._callbacks)) for m in (engine_config, request_admission, beam_search)]
+    modules = (beam_search, encoder_reset, engine_config, media_arguments, request_admission)
+    callbacks = [(m, list(m._callbacks)) for m in modules]
     yield
     for (owner, name), value in stock.items():
         setattr(owner, name, value)
@@ -106,6 +135,7 @@ def test_a_missing_symbol_is_named(case: str, monkeypatch: pytest.MonkeyPatch) -
     ("case", "parameter"),
     [
         ("request_admission", "resumable"),
+        ("media_arguments", "mm_processor_kwargs"),
         ("attention_spec", "vllm_config"),
         ("attention_backend", "head_size"),
         ("Scheduler._get_local_prefix_cache_hit", "request"),

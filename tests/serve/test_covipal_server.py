@@ -28,6 +28,7 @@ FLAGS = (
     "--max-num-seqs=32",
     "--enforce-eager",
     '--limit-mm-per-prompt={"image": 2}',
+    "--enable-scale-out",
 )
 COVIPAL = {"selector": "cdpruner", "keep_ratio": 0.5}
 NUM_MIXED = 200
@@ -172,6 +173,26 @@ def test_bad_ratio_is_400(server: VllmServer, xargs: dict[str, Any], said: str) 
         answer = httpx.post(server.url + "/v1/chat/completions", json=body, timeout=60)
         assert answer.status_code == 400
         assert said in answer.json()["error"]["message"]
+
+
+def test_what_was_rendered_apart_is_served(server: VllmServer) -> None:
+    """A prompt that comes as tokens and features is as long as its ratio says; another is 400."""
+    for ratio, num_kept in ((0.25, 4), (1.0, 16)):
+        body = {"model": server.model, "messages": [message("what is red ?", 1)], "max_tokens": 2}
+        body["vllm_xargs"] = {"covipal_keep_ratio": ratio}
+        chat = f"{server.url}/v1/chat/completions"
+        rendered = httpx.post(f"{chat}/render", json=body, timeout=60).raise_for_status().json()
+        answer = httpx.post(f"{server.url}/inference/v1/generate", json=rendered, timeout=60)
+        assert answer.status_code == 200, answer.text
+        usual = httpx.post(chat, json=body, timeout=60).json()
+        assert answer.json()["usage"] == usual["usage"]
+        assert (
+            sum(p["length"] for p in rendered["features"]["mm_placeholders"]["image"]) == num_kept
+        )
+        rendered["sampling_params"]["extra_args"]["covipal_keep_ratio"] = 0.5
+        answer = httpx.post(f"{server.url}/inference/v1/generate", json=rendered, timeout=60)
+        assert answer.status_code == 400
+        assert f"were processed at {ratio}" in answer.json()["error"]["message"]
 
 
 def test_unreadable_picture_is_400(server: VllmServer) -> None:

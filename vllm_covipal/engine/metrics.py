@@ -18,8 +18,9 @@ MODEL = ["model_name"]
 ENGINE = ["model_name", "engine"]
 
 TOKEN_COUNTERS = {
-    "visual_tokens": "visual tokens of pruned images and videos before pruning",
-    "visual_tokens_kept": "visual tokens of pruned images and videos that are scheduled",
+    "visual_tokens": "visual tokens of pruned images and videos before pruning, of every prompt "
+    "that was processed, rendered or tokenized alone, too",
+    "visual_tokens_kept": "those of them that stand in the prompts",
 }
 WORKER_COUNTERS = {
     "items": ("pruned_items", "images and videos pruned by the worker"),

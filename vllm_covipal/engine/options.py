@@ -14,6 +14,7 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.exceptions import VLLMValidationError
 
 from vllm_covipal.config import KEEP_RATIO_KEY, CovipalConfig, load_config, parse_keep_ratio
+from vllm_covipal.engine.request_fields import keep_ratio_of
 
 SECTION = "covipal"
 ATTRIBUTE = "covipal"
@@ -107,8 +108,10 @@ def check_request(vllm_config: VllmConfig, prompt: Any, params: Any, resumable: 
     _refuse_if_off(vllm_config, keep_ratio)
     if KEEP_RATIO_KEY not in extra_args or not _has_items(prompt):
         return
-    used = prompt.get(KEEP_RATIO_KEY, 1.0)
-    if keep_ratio != used:
+    used = prompt.get(KEEP_RATIO_KEY)
+    if used is None:  # rendered by another server, or by an earlier request
+        used = keep_ratio_of(prompt.get("mm_kwargs") or {})
+    if used is not None and keep_ratio != used:
         raise VLLMValidationError(
             f"{KEEP_RATIO_KEY}={keep_ratio} comes too late: this prompt's images and videos were "
             f"processed at {used}; offline, give it with the prompt, as "

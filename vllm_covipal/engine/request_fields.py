@@ -95,6 +95,24 @@ def take(kwargs: Mapping[str, Any]) -> tuple[str, list[ItemFields], dict[str, An
     return "", [], rest
 
 
+def keep_ratio_of(mm_kwargs: Mapping[str, Sequence[Any]]) -> float | None:
+    """The ratio that a processed prompt's items carry, 1.0 where they carry none.
+
+    Args:
+        mm_kwargs: vLLM's fields of each item, by modality; None for an item that another process
+            has.
+
+    Returns:
+        The items' ratio; None if no item is there to say it.
+    """
+    for modality, items in mm_kwargs.items():
+        for item in items:
+            if item is not None:
+                field = item.get(f"{PREFIX}{modality}_keep_ratio")
+                return 1.0 if field is None else float(field.data)
+    return None
+
+
 def _key(media_hash: str) -> list[int]:
     digest = hashlib.sha256(media_hash.encode()).digest()
     return [int.from_bytes(digest[i : i + 8], "big", signed=True) for i in (0, 8)]

@@ -111,6 +111,17 @@ class PruningProcessorMixin:
         identity = self._options.identity
         return {m: [r.cache_hash(identity) for r in items] for m, items in requests.items()}
 
+    def _get_cache_missing_items(self, cache: Any, mm_data_items: Any, mm_hashes: Any) -> Any:
+        for modality, hashes in mm_hashes.items():
+            of_modality = mm_data_items[modality]
+            absent = [i for i in range(len(of_modality)) if of_modality[i] is None]
+            if absent and not all(cache.is_cached([hashes[i] for i in absent])):
+                raise VLLMValidationError(
+                    f"{modality}: what came by its UUID alone is not known for this question and "
+                    f"{KEEP_RATIO_KEY}, which its tokens are chosen for: send it again"
+                )
+        return super()._get_cache_missing_items(cache, mm_data_items, mm_hashes)  # type: ignore[misc]
+
     def _get_cache_missing_processor_kwargs(
         self, inputs: Any, mm_is_cached: Mapping[str, Sequence[bool]]
     ) -> Mapping[str, object]:

@@ -27,10 +27,14 @@ def _on_engine_config(vllm_config: Any) -> None:
         media_arguments,
         plugin_stats,
         request_admission,
+        stat_loggers,
     )
 
     request_admission.apply(check_request)
     media_arguments.apply(check_arguments)
     if prepare(vllm_config):
+        from vllm_covipal.engine.metrics import stat_logger_classes
+
         chat_params.apply(processor_kwargs)
         plugin_stats.apply()
+        stat_loggers.apply(stat_logger_classes)

@@ -22,9 +22,12 @@ def register() -> None:
 def _on_engine_config(vllm_config: Any) -> None:
     from vllm_spindle.engine.options import check_beam_search, check_request
     from vllm_spindle.engine.startup import prepare
-    from vllm_spindle_patches import beam_search, plugin_stats, request_admission
+    from vllm_spindle_patches import beam_search, plugin_stats, request_admission, stat_loggers
 
     request_admission.apply(check_request)
     if prepare(vllm_config):
+        from vllm_spindle.engine.metrics import stat_logger_classes
+
         plugin_stats.apply()
+        stat_loggers.apply(stat_logger_classes)
         beam_search.apply(check_beam_search)

@@ -1,5 +1,6 @@
 """Our numbers on ``/metrics``, engine after engine in one process."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,6 +8,8 @@ import pytest
 from engine_child import in_child
 
 pytestmark = pytest.mark.engine
+
+MODEL = str(Path(__file__).parents[2] / "models" / "needle")
 
 
 def two_engines() -> list[dict[str, float | None]]:
@@ -46,6 +49,35 @@ def two_engines() -> list[dict[str, float | None]]:
             loggers[0].record(SimpleNamespace(plugin_stats=stats), None)
         found.append(shown())
     return found
+
+
+def stats_of_engines() -> dict[str, list[Any]]:
+    """Of engines asked for no statistics: whether they count, and how many loggers get them."""
+    from vllm import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    found = {}
+    for name, config in (("on", {"spindle": {"keep_ratio": 0.25}}), ("off", {})):
+        args = AsyncEngineArgs(
+            model=MODEL,
+            dtype="bfloat16",
+            kv_cache_memory_bytes=64 << 20,
+            additional_config=config,
+            disable_log_stats=True,
+        )
+        engine = AsyncLLM.from_engine_args(args)
+        manager = engine.logger_manager
+        found[name] = [engine.log_stats, len(manager.stat_loggers) if manager else 0]
+        engine.shutdown()
+    return found
+
+
+def test_off_counts_no_statistics() -> None:
+    """Off, ``--disable-log-stats`` is stock's, also after an engine that is on."""
+    found = in_child(stats_of_engines)
+    assert found["off"] == [False, 0]
+    counts, num_loggers = found["on"]
+    assert counts and num_loggers >= 1
 
 
 def test_every_engine_of_a_process_shows_its_own_counts() -> None:

@@ -4,7 +4,7 @@ Tokens are counted where placeholders are, in the front process; seconds and enc
 the worker by way of the scheduler's statistics.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prometheus_client import Counter
@@ -47,6 +47,11 @@ def worker_stats(runner: Any) -> dict[str, float] | None:
     """What a model runner's pruner did since it was last asked."""
     pruner = getattr(runner.get_model(), "visual_pruner", None)
     return None if pruner is None else pruner.take_stats()
+
+
+def stat_logger_classes(vllm_config: VllmConfig) -> Sequence[type[StatLoggerBase]]:
+    """What an engine of this configuration counts with beside vLLM's own."""
+    return [CovipalStatLogger] if attached(vllm_config.model_config) is not None else []
 
 
 class CovipalStatLogger(StatLoggerBase):

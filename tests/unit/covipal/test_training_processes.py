@@ -47,6 +47,7 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "stage2.num_steps": STEPS,
         "stage2.pictures": 4,
         "stage2.keep_ratio": "[0.25, 0.5]",
+        "stage2.type_weights": "{}",  # the samples have no types
     }
     return ["train", *(word for name, value in dials.items() for word in (f"--{name}", str(value)))]
 

@@ -260,6 +260,7 @@ def test_the_command_trains_from_a_file(tmp_path: Path, capsys: Any) -> None:
     arguments += ["--data.kind", "jsonl", "--data.path", str(samples)]
     arguments += ["--data.images", str(tmp_path), "--stage1.num_steps", "1"]
     arguments += ["--stage1.guide_layer", "1", "--stage2.num_steps", "1"]
+    arguments += ["--stage2.type_weights", "{}"]  # the file's samples have no types
     assert cli.main(arguments) == 0
     assert load_pruning_module(out).config.trained_for == "model"
     made_by = json.loads((out / "provenance.json").read_text(encoding="utf-8"))

@@ -1,6 +1,7 @@
 """Each patch is guarded: a vLLM that it does not fit is refused by name, twice is once."""
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -101,27 +102,21 @@ OVERRIDES = [
 ]
 
 
+WITH_CALLBACKS = (
+    "beam_search",
+    "encoder_reset",
+    "engine_config",
+    "media_arguments",
+    "request_admission",
+    "stat_loggers",
+)
+
+
 @pytest.fixture(autouse=True)
 def _restore() -> Any:
     """vLLM and the patches' callbacks as they were."""
-    from vllm_spindle_patches import (
-        beam_search,
-        encoder_reset,
-        engine_config,
-        media_arguments,
-        request_admission,
-        stat_loggers,
-    )
-
     stock = {(owner, name): getattr(owner, name) for owner, name, _ in _cases().values()}
-    modules = (
-        beam_search,
-        encoder_reset,
-        engine_config,
-        media_arguments,
-        request_admission,
-        stat_loggers,
-    )
+    modules = [import_module(f"vllm_spindle_patches.{name}") for name in WITH_CALLBACKS]
     callbacks = [(m, list(m._callbacks)) for m in modules]
     yield
     for (owner, name), value in stock.items():

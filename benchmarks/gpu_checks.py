@@ -116,11 +116,12 @@ def _plan_is_exact(spindle: dict[str, Any]) -> Callable[[Bench], dict[str, Any]]
 
 
 def reduction_kernels(bench: Bench) -> dict[str, Any]:
-    """Scoring and compaction of one layer, of all head sizes and types: torch's, on the device."""
+    """Scoring, ranking, compaction, of all head sizes and types: as torch, and as the CPU."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options = {"device": device, "block_size": 16, "keep_ratio": 0.25, "repeats": 1, "seed": 1}
+    options["num_layers"] = 2
     names = ("head_size", "group", "num_kv_heads", "dtype")
     options["shapes"] = [dict(zip(names, shape, strict=True)) for shape in SHAPES]
     options["contexts"] = [200, 3000] if device == "cuda" else [100]
@@ -136,8 +137,8 @@ def reduction_kernels(bench: Bench) -> dict[str, Any]:
         return {"ok": False, "log": child.stderr[-2000:]}
     results = json.loads(lines[-1].removeprefix("result "))["reductions"]
     worst = max(each["score_error"] for each in results)
-    moved = all(each["is_moved"] for each in results)
-    return {"ok": moved and worst < SCORE_ERROR, "score_error": worst, "is_moved": moved}
+    right = {name: all(each[name] for each in results) for name in ("is_ranked", "is_moved")}
+    return {"ok": all(right.values()) and worst < SCORE_ERROR, "score_error": worst, **right}
 
 
 def aborts(bench: Bench) -> dict[str, Any]:

@@ -357,8 +357,9 @@ def _reduced(there: dict[str, Any]) -> dict[str, Any]:
     from vllm_spindle.core.choice import ChoiceRule
     from vllm_spindle.core.modality import VisualCap
     from vllm_spindle.engine.cache_layout import CacheLayout
+    from vllm_spindle.engine.evicted_regions import DenseRegion, evict
+    from vllm_spindle.engine.layer_reduction import LayerReduction
     from vllm_spindle.engine.prompt_tokens import PagedTokens, ReducedLayer
-    from vllm_spindle.engine.regions import DenseRegion, LayerPrompt
     from vllm_spindle.kernels import device_compaction, device_scoring
     from vllm_spindle.policy import SpindlePolicy
 
@@ -382,17 +383,25 @@ def _reduced(there: dict[str, Any]) -> dict[str, Any]:
         )
         for gqa in ("union", "mean"):
             config = SpindleConfig(keep_ratio=0.5, window=8, gqa=gqa)
-            prompt = LayerPrompt(
-                queries=torch.zeros(2, 3, 14, 16, dtype=torch.bfloat16, **there),
-                tokens=PagedTokens(layer, layout, torch.zeros(5, dtype=torch.int64, **there), 75),
-                positions=torch.cat([torch.arange(40, 44), torch.arange(67, 77)]).to(**there),
-                rule=ChoiceRule(config.score, config.pool_kernel, gqa, window=8),
-                num_ahead=2,
-                visual=visual,
-            )
-            plan = BandPlan(first_block=2, tail_block=4, prompt_blocks=5)
-            region = torch.zeros(2, dtype=torch.int64, **there)
-            DenseRegion(SpindlePolicy(config, 6, 16, 3)).fill(layer, prompt, plan, region)
+            work = [
+                LayerReduction(
+                    layer,
+                    # Two bands, which keep two blocks and one.
+                    BandPlan(first_block=first, tail_block=4, prompt_blocks=5),
+                    torch.zeros(4 - first, dtype=torch.int64, **there),
+                    queries=torch.zeros(2, 3, 14, 16, dtype=torch.bfloat16, **there),
+                    positions=torch.cat([torch.arange(40, 44), torch.arange(67, 77)]).to(**there),
+                    tokens=PagedTokens(
+                        layer, layout, torch.zeros(5, dtype=torch.int64, **there), 75
+                    ),
+                    rule=ChoiceRule(config.score, config.pool_kernel, gqa, window=8),
+                    num_ahead=2,
+                    visual=visual,
+                )
+                for first in (2, 3)
+            ]
+            region = DenseRegion(SpindlePolicy(config, 6, 16, 3))
+            assert evict([region, region], work) == [32, 16]
     assert not written
     return {"launched": {name: stub.devices for (_, name), stub in launches.items()}}
 
@@ -410,5 +419,5 @@ def test_a_step_stays_on_the_device() -> None:
     assert found["stash 4"] == found["stash 40"] == ["meta", [2, 4, 8]]
     tensors = {"log_sum_exps": 5, "merge_log_sum_exps": 2, "gather_pages": 5, "write_pages": 3}
     for name, count in tensors.items():
-        assert found["launched"][name] == [["meta"] * count] * 2
-    assert found["launched"]["receive"] == [["meta"] * 7] * 6
+        assert found["launched"][name] == [["meta"] * count] * 4
+    assert found["launched"]["receive"] == [["meta"] * 7] * 12

@@ -21,9 +21,11 @@ from vllm_spindle.choice_rule import choice_rule
 from vllm_spindle.core.budget import BandPlan
 from vllm_spindle.core.choice import choose_kept, keep_by_head, rank_context
 from vllm_spindle.core.reference import attend_codebook, attend_reduced
-from vllm_spindle.engine import reduction, regions
+from vllm_spindle.engine import codebook_region, reduction
 from vllm_spindle.engine.active import active_reduction
 from vllm_spindle.engine.backend import SpindleImplMixin
+from vllm_spindle.engine.codebook_region import CodebookRegion
+from vllm_spindle.engine.evicted_regions import DenseRegion, HeadRegion
 from vllm_spindle.policy import SpindlePolicy
 
 NUM_PROMPT_ROWS = 3
@@ -69,11 +71,12 @@ def capture() -> Iterator[Captured]:
     """Record attention and choices of every step inside the block."""
     seen = Captured()
     stock_forward = SpindleImplMixin.forward
-    stock_read = reduction.Reducer._read_prompt
-    stock_choose = regions.choose_kept
-    stock_pack = regions.pack_region
-    stock_keep = regions.keep_by_head
-    reducing: list[tuple[str, int]] = []
+    stock_fill = CodebookRegion.fill
+    stock_pack = codebook_region.pack_region
+    stock_keep, stock_by_head = DenseRegion.keep, HeadRegion.keep
+    stock_reduce = reduction.Reducer.reduce
+    reducing: list[str] = []
+    merging: list[int] = []
 
     def forward(
         self: Any, layer: Any, query: Tensor, key: Tensor, value: Tensor, *a: Any, **kw: Any
@@ -95,38 +98,46 @@ def capture() -> Iterator[Captured]:
             seen.mixed_steps += bool(layer_idx == 0 and past.any() and not past.all())
         return output
 
-    def read_prompt(self: Any, layer: Any, end: Any, *a: Any) -> Any:
-        reducing[:] = [(external(end.request_id), layer.layer_idx)]
-        seen.cos_sin = layer.cos_sin
-        return stock_read(self, layer, end, *a)
+    def reduce(self: Any, end: Any, *a: Any) -> None:
+        reducing[:] = [external(end.request_id)]
+        stock_reduce(self, end, *a)
 
-    def choose(*a: Any, **kw: Any) -> Tensor:
-        kept = stock_choose(*a, **kw)
-        seen.kept[reducing[0]].append(kept)
-        return kept
+    def note(work: Any, kept: Tensor) -> None:
+        seen.kept[reducing[0], work.layer.layer_idx].append(kept)
 
-    def keep_by_head(*a: Any) -> list[Tensor]:
-        kept = stock_keep(*a)
-        seen.kept[reducing[0]].append(_padded(kept))
-        return kept
+    def keep(self: Any, work: Any, kept: Tensor) -> None:
+        counts = self.counts(work)
+        num_heads = work.layer.kv_cache.shape[1]
+        copies = (len(counts) // num_heads,) if len(counts) > num_heads else ()
+        note(work, kept.view(num_heads, *copies, counts[0]))
+        stock_keep(self, work, kept)
+
+    def keep_by_head(self: Any, work: Any, kept: Tensor) -> None:
+        note(work, _padded(list(kept.split(self.counts(work)))))
+        stock_by_head(self, work, kept)
+
+    def fill(self: Any, work: Any) -> float:
+        seen.cos_sin = work.layer.cos_sin
+        merging[:] = [work.layer.layer_idx]
+        return stock_fill(self, work)
 
     def pack(kv_cache: Any, region: Any, shape: Any, *books: Any) -> None:
-        seen.codebooks[reducing[0]].append(books)
+        seen.codebooks[reducing[0], merging[0]].append(books)
         stock_pack(kv_cache, region, shape, *books)
 
     SpindleImplMixin.forward = forward
-    reduction.Reducer._read_prompt = read_prompt
-    regions.choose_kept = choose
-    regions.pack_region = pack
-    regions.keep_by_head = keep_by_head
+    reduction.Reducer.reduce = reduce
+    CodebookRegion.fill = fill
+    codebook_region.pack_region = pack
+    DenseRegion.keep, HeadRegion.keep = keep, keep_by_head
     try:
         yield seen
     finally:
         SpindleImplMixin.forward = stock_forward
-        reduction.Reducer._read_prompt = stock_read
-        regions.choose_kept = stock_choose
-        regions.pack_region = stock_pack
-        regions.keep_by_head = stock_keep
+        reduction.Reducer.reduce = stock_reduce
+        CodebookRegion.fill = stock_fill
+        codebook_region.pack_region = stock_pack
+        DenseRegion.keep, HeadRegion.keep = stock_keep, stock_by_head
 
 
 def entered_last_layer(seen: Captured, num_tokens: int) -> str:
@@ -265,7 +276,9 @@ class TwinLayer:
             blocks = policy.head_blocks(layer_idx, plan, range(num_kv_heads))
             assert sum(blocks) == plan.reduced_blocks * num_kv_heads
             ranked = rank_context(*scored, **counts, num_kept=self.num_context - self.num_protected)
-            return _padded(keep_by_head(ranked, [n * policy.block_size for n in blocks]))
+            return _padded(
+                keep_by_head(ranked, [n * policy.block_size for n in blocks], self.num_context)
+            )
         num_kept = plan.reduced_blocks * policy.block_size // copies
         return choose_kept(*scored, **counts, num_kept=num_kept)
 

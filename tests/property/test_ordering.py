@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vllm_spindle.core import ordering
 from vllm_spindle.core.eviction import rank_tokens
-from vllm_spindle.core.ordering import best_first, ranks
+from vllm_spindle.core.ordering import ascending, best_first, ranks
 from vllm_spindle.core.scoring import in_turns
 
 FLOATS = st.floats(width=32, allow_nan=False) | st.sampled_from([0.0, -0.0, 1.0, -1.0])
@@ -58,3 +58,17 @@ def test_a_device_ranks_as_the_cpu(group: int, num_kept: int, gqa: Any) -> None:
             scores = in_turns(in_turns(first, second), third, num_turns=80)[..., 7:]
             found.append(rank_tokens(scores, num_kept, gqa, num_turns=80))
     assert torch.equal(*found)
+
+
+@given(st.integers(0, 5), st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(0, 4))
+def test_ascending_marks_as_it_sorts(num_spare: int, counts: list[int], seed: int) -> None:
+    """Each row's best, by place: as many of each row, or of each its own number."""
+    torch.manual_seed(seed)
+    most = max(counts)
+    ranked = torch.stack([torch.randperm(most + num_spare)[:most] + 2 for _ in counts])
+    for wanted in (counts, [min(counts)] * len(counts)):
+        expected = [sorted(row[:count].tolist()) for row, count in zip(ranked, wanted, strict=True)]
+        for by_numpy in ({"cpu"}, ()):
+            with patch.object(ordering, "BY_NUMPY", by_numpy):
+                found = ascending(ranked, wanted, most + num_spare + 2)
+            assert found.tolist() == sum(expected, [])

@@ -207,6 +207,7 @@ def _kernel_payload(options: GpuOptions, device: str) -> dict[str, Any]:
         "device": device,
         "contexts": options.contexts,
         "batches": options.kernel_batches,
+        "num_layers": model.num_layers,
         "num_kv_heads": model.num_kv_heads,
         "group": model.num_heads // model.num_kv_heads,
         "head_size": model.head_size,

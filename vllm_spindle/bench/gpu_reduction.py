@@ -1,9 +1,10 @@
-"""``bench gpu``'s reduction: scoring, ranking and compaction of one layer, by our kernels.
+"""``bench gpu``'s reduction: scoring, ranking and compaction of layers, by our kernels.
 
 Run as ``python -m vllm_spindle.bench.gpu_reduction`` with the options as JSON on standard input.
-A prompt lies in scattered blocks of a layer's cache; the device's seconds are of many reductions in
-a row, launched while the device has other work, as in service, where they wait behind a prefill.
-Errors are against the torch functions, on the same device.
+A prompt lies in scattered blocks of the layers' caches, and is ranked in as many layers at once as
+the engine would. Seconds are one layer's part. The device's are of several reductions in a row,
+launched while the device has other work, as in service, where they wait behind a prefill. Errors
+are against the torch functions, on the same device.
 
 Shapes: K kv heads, G query heads per kv head, Q observed queries, T tokens, D head size.
 """
@@ -11,7 +12,7 @@ Shapes: K kv heads, G query heads per kv head, Q observed queries, T tokens, D h
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
@@ -20,7 +21,13 @@ from torch import Tensor
 
 from vllm_spindle.choice_rule import choice_rule
 from vllm_spindle.config import SpindleConfig
-from vllm_spindle.core.choice import rank_context
+from vllm_spindle.core.choice import (
+    Maps,
+    attention_maps,
+    choose_by_maps,
+    layers_at_once,
+    stack_maps,
+)
 from vllm_spindle.core.eviction import gather_kept
 from vllm_spindle.core.observers import observed_positions
 from vllm_spindle.core.scoring import MIN_DISTANCE, TorchAttention
@@ -28,11 +35,11 @@ from vllm_spindle.kernels.device_compaction import compact
 from vllm_spindle.kernels.device_scoring import PagedKeys
 
 BUSY_CYCLES = 200_000_000  # about a tenth of a second: longer than the launches take
-IN_A_ROW = 8
+IN_A_ROW = 4
 
 
-class LayerReduction:
-    """One layer's cache and prompt, with the parts of its reduction."""
+class LayersReduction:
+    """Caches of as many layers as are ranked in one go, and the parts of a prompt's reduction."""
 
     def __init__(self, options: dict[str, Any], num_tokens: int) -> None:
         """Args: options: as ``run`` has them; num_tokens: T, cut to whole blocks."""
@@ -42,11 +49,10 @@ class LayerReduction:
         config = SpindleConfig(window=options.get("window", 32))
         num_blocks = num_tokens // n
         self.num_tokens = num_blocks * n
+        self.num_layers = min(options["num_layers"], layers_at_once(heads * group, self.num_tokens))
         self.scale = d**-0.5
         self.rule = choice_rule(config)
-        self.cache = torch.randn(num_blocks + 1, heads, n, 2 * d, device=device).to(dtype)
         self.blocks = torch.randperm(num_blocks, device=device) + 1
-        self.keys = PagedKeys(self.cache, self.blocks, self.num_tokens)
         self.positions = torch.from_numpy(
             observed_positions(
                 self.num_tokens,
@@ -57,49 +63,81 @@ class LayerReduction:
         )
         self.window = config.window
         self.device_positions = self.positions.to(device)
-        queries = torch.randn(len(self.positions), heads, group, d, device=device).to(dtype)
-        self.queries = queries.permute(1, 2, 0, 3)
+        cache = (num_blocks + 1, heads, n, 2 * d)
+        queries = (len(self.positions), heads, group, d)
+        layers = range(self.num_layers)
+        self.caches = [torch.randn(cache, device=device).to(dtype) for _ in layers]
+        self.keys = [PagedKeys(each, self.blocks, self.num_tokens) for each in self.caches]
+        self.queries = [
+            torch.randn(queries, device=device).to(dtype).permute(1, 2, 0, 3) for _ in layers
+        ]
         tail = num_blocks - -(-config.window // n)
         num_kept = max(1, int(tail * options["keep_ratio"]))
-        self.counts = {
-            "scale": self.scale,
-            "num_context": tail * n,
-            "num_kept": num_kept * n,
-        }
+        self.num_context, self.num_kept = tail * n, num_kept * n
         self.region = self.blocks[tail - num_kept : tail]
 
-    def attend(self) -> list[Tensor]:
-        """Everything that the default rule asks."""
-        attention = self.keys.attend(self.queries, self.device_positions, self.scale)
-        return self._asked(attention)
+    def attend(self) -> list[list[Tensor]]:
+        """Everything that the default rule asks of each layer."""
+        return [
+            self._asked(keys.attend(queries, self.device_positions, self.scale))
+            for keys, queries in zip(self.keys, self.queries, strict=True)
+        ]
 
-    def attend_by_torch(self) -> list[Tensor]:
+    def attend_by_torch(self) -> list[list[Tensor]]:
         """The same."""
-        keys = self._tokens()[..., : self.cache.shape[-1] // 2].contiguous()
-        return self._asked(TorchAttention(self.queries, keys, self.positions, self.scale))
+        asked = []
+        for cache, queries in zip(self.caches, self.queries, strict=True):
+            keys = self._tokens(cache)[..., : cache.shape[-1] // 2].contiguous()
+            asked.append(self._asked(TorchAttention(queries, keys, self.positions, self.scale)))
+        return asked
 
-    def rank(self) -> Tensor:
-        """The kept positions, ascending, scoring included. [K, N]."""
-        ranked = rank_context(
-            self.rule, self.queries, self.keys, self.device_positions, **self.counts
+    def rank(self) -> tuple[Tensor, ...]:
+        """The kept positions of each layer, ascending, scoring included. [K, N] each."""
+        return self._chosen(self._maps()).chunk(self.num_layers)
+
+    def is_ranked(self) -> bool:
+        """Whether the CPU keeps the same of the same scores."""
+        maps = self._maps()
+        return torch.equal(
+            self._chosen(maps).cpu(), self._chosen(tuple(each.cpu() for each in maps))
         )
-        return ranked.sort(dim=-1).values
 
-    def move(self, kept: Tensor) -> None:
+    def _maps(self) -> Maps:
+        return stack_maps(
+            [
+                attention_maps(
+                    self.rule,
+                    queries,
+                    keys,
+                    self.device_positions,
+                    scale=self.scale,
+                    num_context=self.num_context,
+                )
+                for keys, queries in zip(self.keys, self.queries, strict=True)
+            ]
+        )
+
+    def _chosen(self, maps: Maps) -> Tensor:
+        return choose_by_maps(self.rule, maps, num_kept=self.num_kept)
+
+    def move(self, kept: Sequence[Tensor]) -> None:
         """The kept tokens into the region."""
-        heads, n = self.cache.shape[1:3]
-        positions = kept.reshape(heads, len(self.region), n).transpose(0, 1)
-        compact(self.cache, self.blocks, positions, self.region)
+        for cache, own in zip(self.caches, kept, strict=True):
+            heads, n = cache.shape[1:3]
+            positions = own.reshape(heads, len(self.region), n).transpose(0, 1)
+            compact(cache, self.blocks, positions, self.region)
 
-    def is_moved(self, kept: Tensor) -> bool:
+    def is_moved(self, kept: Sequence[Tensor]) -> bool:
         """Whether ``move`` does what reading, gathering and writing would."""
-        expected = gather_kept(self._tokens(), kept)
+        layers = list(zip(self.caches, kept, strict=True))
+        expected = [gather_kept(self._tokens(cache), own) for cache, own in layers]
         self.move(kept)
-        return torch.equal(self._tokens(self.region), expected)
+        moved = [self._tokens(cache, self.region) for cache in self.caches]
+        return all(map(torch.equal, moved, expected))
 
-    def _tokens(self, blocks: Tensor | None = None) -> Tensor:
+    def _tokens(self, cache: Tensor, blocks: Tensor | None = None) -> Tensor:
         """Keys and values of the given blocks, of the prompt. [K, T, 2 * D]."""
-        found = self.cache[self.blocks if blocks is None else blocks]
+        found = cache[self.blocks if blocks is None else blocks]
         return found.transpose(0, 1).flatten(1, 2)
 
     def _asked(self, attention: Any) -> list[Tensor]:
@@ -137,27 +175,36 @@ def seconds_in_a_row(call: Callable[[], Any], repeats: int, device: str) -> tupl
 
 
 def measured(options: dict[str, Any], num_tokens: int) -> dict[str, Any]:
-    """One context: seconds of the parts of one layer, and whether they are right."""
+    """One context: seconds of the parts, for one layer of a batch, and whether they are right."""
     device, repeats = options["device"], options["repeats"]
-    layer = LayerReduction(options, num_tokens)
-    expected = layer.attend_by_torch()
+    layers = LayersReduction(options, num_tokens)
     errors = [
         float((ours - theirs).abs().max() / theirs.abs().max())
-        for ours, theirs in zip(layer.attend(), expected, strict=True)
+        for maps in zip(layers.attend(), layers.attend_by_torch(), strict=True)
+        for ours, theirs in zip(*maps, strict=True)
     ]
-    kept = layer.rank()
-    result = {"context": num_tokens, "score_error": max(errors), "is_moved": layer.is_moved(kept)}
+    kept = layers.rank()
+    result = {
+        "context": num_tokens,
+        "layers_at_once": layers.num_layers,
+        "score_error": max(errors),
+        "is_ranked": layers.is_ranked(),
+        "is_moved": layers.is_moved(kept),
+    }
     parts: dict[str, Callable[[], Any]] = {
-        "score": layer.attend,
-        "score_and_rank": layer.rank,
-        "move": lambda: layer.move(kept),
-        "layer": lambda: layer.move(layer.rank()),
+        "score": layers.attend,
+        "score_and_rank": layers.rank,
+        "move": lambda: layers.move(kept),
+        "layer": lambda: layers.move(layers.rank()),
     }
     if device != "cpu":
-        parts["torch_score"] = layer.attend_by_torch
+        parts["torch_score"] = layers.attend_by_torch
     for name, call in parts.items():
         on_device, on_host = seconds_in_a_row(call, repeats, device)
-        result |= {f"{name}_seconds": on_device, f"{name}_host_seconds": on_host}
+        result |= {
+            f"{name}_seconds": on_device / layers.num_layers,
+            f"{name}_host_seconds": on_host / layers.num_layers,
+        }
     return result
 
 
@@ -165,9 +212,10 @@ def run(options: dict[str, Any]) -> None:
     """One result per shape and context, printed with those before it as they come.
 
     Args:
-        options: ``device``, ``contexts``, ``num_kv_heads``, ``group``, ``head_size``,
-            ``block_size``, ``keep_ratio``, ``repeats``, ``seed``; ``dtype`` and ``window`` if
-            other than usual; ``shapes``, options that differ from one result to the next.
+        options: ``device``, ``contexts``, ``num_layers``, ``num_kv_heads``, ``group``,
+            ``head_size``, ``block_size``, ``keep_ratio``, ``repeats``, ``seed``; ``dtype`` and
+            ``window`` if other than usual; ``shapes``, options that differ from one result to the
+            next.
     """
     torch.manual_seed(options["seed"])
     results = []

@@ -175,7 +175,7 @@ def _by_head(
 ) -> Reduced:
     """Each kv head in blocks of its own. ranked: positions, best first, [K, most tokens]."""
     prefix = torch.arange(num_protected)
-    kept = keep_by_head(ranked.cpu(), [count * block_size for count in counts])
+    kept = keep_by_head(ranked.cpu(), [count * block_size for count in counts], num_context)
     kept = [torch.cat([prefix, each]) for each in kept]
     lengths = torch.tensor([len(each) for each in kept])
     positions = pad_sequence(kept, batch_first=True).to(layer.keys.device)

@@ -183,6 +183,8 @@ def _reduction_table(report: dict[str, Any]) -> Table:
             str(row["context"]),
             *("" if each is None else f"{1e6 * each:.1f}" for each in seconds),
             "" if share is None else f"{share:.4f}",
-            f"{row['score_error']:.1e}" if row["is_moved"] else "wrong tokens moved",
+            f"{row['score_error']:.1e}"
+            if row["is_moved"] and row["is_ranked"]
+            else "wrong tokens kept",
         )
     return table

@@ -12,10 +12,12 @@ Lookahead Q-Cache (arXiv:2505.20334).
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from vllm_spindle.core.eviction import GqaName, rank_tokens
 from vllm_spindle.core.modality import VisualCap, cap_visual, max_visual_tokens
+from vllm_spindle.core.ordering import ascending
 from vllm_spindle.core.scoring import (
     MIN_DISTANCE,
     Attention,
@@ -27,6 +29,12 @@ from vllm_spindle.core.scoring import (
     pooled_importance,
     random_importance,
 )
+from vllm_spindle.core.transfer import to_device
+
+Maps = tuple[Tensor, ...]
+# Scores of tokens for query heads ranked on a device in one go: 32 layers of 32 heads at 4k tokens.
+# More would take more memory, and a long prompt's layer fills a device alone.
+RANKED_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,19 +67,16 @@ def choose_kept(
     visual: VisualCap | None = None,
 ) -> Tensor:
     """Positions of the context tokens to keep, ascending; see ``rank_context``."""
-    ranked = rank_context(
+    maps = attention_maps(
         rule,
         queries,
         keys,
         positions,
         scale=scale,
         num_context=num_context,
-        num_kept=num_kept,
-        num_protected=num_protected,
         num_ahead=num_ahead,
-        visual=visual,
     )
-    return ranked.sort(dim=-1).values
+    return choose_by_maps(rule, maps, num_kept=num_kept, num_protected=num_protected, visual=visual)
 
 
 def rank_context(
@@ -105,60 +110,137 @@ def rank_context(
     Returns:
         int64: [K, N], with ``unfold`` [K, G, N].
     """
-    scores, num_turns = _importance(rule, queries, keys, positions, scale, num_context, num_ahead)
+    maps = attention_maps(
+        rule,
+        queries,
+        keys,
+        positions,
+        scale=scale,
+        num_context=num_context,
+        num_ahead=num_ahead,
+    )
+    return rank_maps(rule, maps, num_kept=num_kept, num_protected=num_protected, visual=visual)
+
+
+def attention_maps(
+    rule: ChoiceRule,
+    queries: Tensor,
+    keys: Tensor | CachedKeys,
+    positions: Tensor,
+    *,
+    scale: float,
+    num_context: int,
+    num_ahead: int = 0,
+) -> Maps:
+    """What a rule asks of one layer, to be ranked with other layers' or alone.
+
+    Args:
+        rule: and the others as for ``rank_context``.
+
+    Returns:
+        Maps of the context, the one first whose turn comes first. Each [K, G, C], float32.
+    """
+    if rule.score == "random":
+        num_kv_heads, group = queries.shape[:2]
+        return (
+            random_importance(
+                num_kv_heads, group, num_context, seed=rule.seed, device=queries.device
+            ),
+        )
+    if isinstance(keys, Tensor):
+        attention: Attention = TorchAttention(queries, keys, positions, scale)
+    else:
+        attention = keys.attend(queries, positions, scale)
+    num_queries = queries.shape[2]
+    num_asking = num_queries - num_ahead
+    summed = attention.window(max(0, num_asking - rule.window), num_asking)
+    if rule.score == "paper":
+        return (paper_importance(summed, num_context),)
+    maps = [summed]
+    first = num_asking - (1 if rule.last_query and rule.score == "received" else 0)
+    if first < num_queries:
+        # A sum over the window drowns what the queries that answer look at next.
+        maps.insert(0, attention.most(first, num_queries))
+    if rule.score == "received":
+        maps.append(attention.most(0, num_asking, min_distance=MIN_DISTANCE))
+    return tuple(each[..., :num_context] for each in maps)
+
+
+def stack_maps(layers: Sequence[Maps]) -> Maps:
+    """Layers' maps as if they were one's, of L times K heads: ranked in one go, heads as before.
+
+    A layer's dozens of small launches on a GPU are so all layers'.
+    """
+    if len(layers) == 1:
+        return layers[0]
+    return tuple(torch.cat(each) for each in zip(*layers, strict=True))
+
+
+def layers_at_once(num_heads: int, num_tokens: int) -> int:
+    """Layers whose maps a device ranks in one go: of short prompts all, of long ones one.
+
+    Args:
+        num_heads: query heads of a layer.
+        num_tokens: T.
+    """
+    return max(1, RANKED_AT_ONCE // (num_heads * num_tokens))
+
+
+def choose_by_maps(
+    rule: ChoiceRule,
+    maps: Maps,
+    *,
+    num_kept: int,
+    num_protected: int = 0,
+    visual: VisualCap | None = None,
+) -> Tensor:
+    """Positions to keep, ascending; see ``rank_maps``."""
+    ranked = rank_maps(rule, maps, num_kept=num_kept, num_protected=num_protected, visual=visual)
+    rows = ranked.flatten(0, -2)
+    return ascending(rows, [num_kept] * len(rows), maps[0].shape[-1]).view(ranked.shape)
+
+
+def rank_maps(
+    rule: ChoiceRule,
+    maps: Maps,
+    *,
+    num_kept: int,
+    num_protected: int = 0,
+    visual: VisualCap | None = None,
+) -> Tensor:
+    """Positions to keep, the most important first, by turns if there is more than one map.
+
+    Args:
+        rule: whose seed is spent.
+        maps: from ``attention_maps``, of one layer or stacked. Each [K, G, C].
+        num_kept: and the others as for ``rank_context``.
+
+    Returns:
+        int64: [K, N], with ``unfold`` [K, G, N].
+    """
+    scores, num_turns = _pooled(rule, maps[0]), None
+    for each in maps[1:]:
+        scores = in_turns(scores, _pooled(rule, each), num_turns=num_turns)
+        num_turns = 2 * scores.shape[-1]
     candidates = scores[..., num_protected:]
     return num_protected + _rank(candidates, num_turns, num_kept, rule.gqa, visual, num_protected)
 
 
-def keep_by_head(ranked: Tensor, counts: Sequence[int]) -> list[Tensor]:
+def keep_by_head(ranked: Tensor, counts: Sequence[int], num_context: int) -> list[Tensor]:
     """Positions that each kv head keeps, ascending, where heads keep different numbers.
 
     Args:
         ranked: best first. [K, at least the most].
         counts: of each head. [K].
+        num_context: all positions lie below.
     """
-    return [head[:count].sort().values for head, count in zip(ranked, counts, strict=True)]
+    return list(torch.split(ascending(ranked, counts, num_context), list(counts)))
 
 
-def _importance(
-    rule: ChoiceRule,
-    queries: Tensor,
-    keys: Tensor | CachedKeys,
-    positions: Tensor,
-    scale: float,
-    num_context: int,
-    num_ahead: int,
-) -> tuple[Tensor, int | None]:
-    """Scores of the context per query head, [K, G, C], float32; of how many turns, if they are."""
-    if rule.score == "random":
-        num_kv_heads, group = queries.shape[:2]
-        drawn = random_importance(
-            num_kv_heads, group, num_context, seed=rule.seed, device=queries.device
-        )
-        return drawn, None
-    num_asking = len(positions) - num_ahead
-
-    def pooled(attention: Tensor) -> Tensor:
-        return pooled_importance(attention, num_context, pool_kernel=rule.pool_kernel)
-
-    if isinstance(keys, Tensor):
-        attention: Attention = TorchAttention(queries, keys, positions, scale)
-    else:
-        attention = keys.attend(queries, positions, scale)
-    summed = attention.window(max(0, num_asking - rule.window), num_asking)
-    if rule.score == "paper":
-        return paper_importance(summed, num_context), None
-    asked, num_turns = pooled(summed), None
-    first = num_asking - (1 if rule.last_query and rule.score == "received" else 0)
-    num_queries = queries.shape[2]
-    if first < num_queries:
-        # A sum over the window drowns what the queries that answer look at next.
-        asked = in_turns(pooled(attention.most(first, num_queries)), asked)
-        num_turns = 2 * num_context
-    if rule.score == "pooled":
-        return asked, num_turns
-    received = attention.most(0, num_asking, min_distance=MIN_DISTANCE)
-    return in_turns(asked, pooled(received), num_turns=num_turns), 2 * num_context
+def _pooled(rule: ChoiceRule, attention: Tensor) -> Tensor:
+    if rule.score not in ("pooled", "received"):
+        return attention
+    return pooled_importance(attention, attention.shape[-1], pool_kernel=rule.pool_kernel)
 
 
 def _rank(
@@ -177,5 +259,5 @@ def _rank(
     # Counted on the CPU, where the mask is: no device is waited for.
     most = max_visual_tokens(num_kept, int(is_visual.sum()), num_candidates, visual.share)
     ranked = rank_tokens(scores, num_candidates, gqa, num_turns=num_turns)
-    is_visual = is_visual.to(ranked.device, non_blocking=True)
+    is_visual = to_device(is_visual, ranked.device)
     return cap_visual(ranked, is_visual, most)[..., :num_kept]

@@ -3,8 +3,12 @@
 Shapes: N tokens.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from vllm_spindle.core.transfer import to_device
 
 LOW_BITS = 0xFFFFFFFF
 BY_NUMPY = {"cpu"}  # devices whose memory numpy sees
@@ -55,6 +59,44 @@ def turn_ranks(turns: Tensor, num_turns: int) -> Tensor:
     counted = taken.flatten().cumsum(0).view(taken.shape)
     before = counted[..., :1] - taken[..., :1]
     return counted.gather(-1, turns) - before - 1
+
+
+def ascending(ranked: Tensor, counts: Sequence[int], num_positions: int) -> Tensor:
+    """The first positions of each row, ascending, one row behind the other.
+
+    On the CPU each row is sorted. On a device positions are marked and counted, in a few passes
+    over all rows at once, however long and many.
+
+    Args:
+        ranked: no position twice in a row. [R, at least the most], int64.
+        counts: how many of each row. [R].
+        num_positions: all lie below.
+
+    Returns:
+        [sum of counts], int64.
+    """
+    if len(set(counts)) == 1:
+        ranked, counts = ranked[:, : counts[0]], counts[:0]
+    if ranked.device.type in BY_NUMPY:
+        if not counts:
+            return ranked.sort(dim=-1).values.flatten()
+        rows = [row[:count].sort().values for row, count in zip(ranked, counts, strict=True)]
+        return torch.cat(rows)
+    is_kept: Tensor | int = 1
+    total = ranked.numel()
+    if counts:
+        total = sum(counts)
+        own = to_device(torch.tensor(counts), ranked.device)
+        is_kept = (torch.arange(ranked.shape[1], device=ranked.device) < own[:, None]).int()
+    shape = (len(ranked), num_positions)
+    marked = torch.zeros(shape, dtype=torch.int32, device=ranked.device).scatter_(
+        1, ranked, is_kept
+    )
+    # What is not marked goes to one place behind the others.
+    places = torch.where(marked > 0, marked.flatten().cumsum(0).view(shape) - 1, total)
+    positions = torch.arange(num_positions, device=ranked.device).expand(shape)
+    found = ranked.new_empty(total + 1)
+    return found.scatter_(0, places.flatten(), positions.flatten())[:total]
 
 
 def _by_rank(order: Tensor) -> Tensor:

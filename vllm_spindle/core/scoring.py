@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_spindle.core.ordering import ranks
+from vllm_spindle.core.transfer import to_device
 
 ScoreName = Literal["received", "pooled", "paper", "random"]
 
@@ -90,7 +91,8 @@ def random_importance(
     """Uniform scores: the baseline that any method must beat. [K, G, C], float32."""
     # Torch takes 64 bits; layers and prompts multiply the user's seed beyond them.
     generator = torch.Generator().manual_seed(seed % (1 << 64))
-    return torch.rand(num_kv_heads, group, num_context, generator=generator).to(device)
+    drawn = torch.rand(num_kv_heads, group, num_context, generator=generator)
+    return to_device(drawn, torch.device(device))
 
 
 def received_attention(

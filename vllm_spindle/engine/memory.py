@@ -3,6 +3,7 @@
 from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
 
+from vllm_spindle.core.choice import RANKED_AT_ONCE
 from vllm_spindle.engine.graphs import most_captured_tokens
 from vllm_spindle.engine.options import policy_for, switched_on
 
@@ -44,6 +45,7 @@ def reserved_bytes(vllm_config: VllmConfig) -> int:
     if config.merges:
         # Blocks as they are, keys and values as read; keys in float32 and, in three steps, turned.
         prompt = most_tokens * token_elements * (4 * element_bytes + 4 * FLOAT)
-    scores = most_tokens * num_heads * RANKING_BYTES
+    # The longest prompt alone, or as many layers of a shorter one as are ranked in one go.
+    scores = max(RANKED_AT_ONCE, num_heads * most_tokens) * RANKING_BYTES
     splits = MAX_SPLIT_BYTES if config.merges else 0
     return staged + windows + tables + prompt + scores + splits

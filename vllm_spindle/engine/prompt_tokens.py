@@ -17,9 +17,9 @@ from torch import Tensor
 
 from vllm_spindle.core.eviction import gather_kept
 from vllm_spindle.core.scoring import CachedKeys
+from vllm_spindle.core.transfer import to_device
 from vllm_spindle.engine.cache_layout import CacheLayout
 from vllm_spindle.engine.head_table import pages
-from vllm_spindle.engine.transfer import to_device
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ Shapes: K kv heads, G query heads per kv head, T prompt tokens, D head size.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from functools import cache, partial
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,13 @@ from torch import Tensor
 from vllm_spindle.choice_rule import choice_rule
 from vllm_spindle.config import RequestOptions
 from vllm_spindle.core.budget import BandPlan
-from vllm_spindle.core.choice import ChoiceRule
+from vllm_spindle.core.choice import ChoiceRule, layers_at_once
 from vllm_spindle.core.modality import VisualCap
+from vllm_spindle.core.transfer import to_device
 from vllm_spindle.engine.cache_layout import CacheLayout, probe_layout
+from vllm_spindle.engine.codebook_region import CodebookRegion, CodebookStats
+from vllm_spindle.engine.evicted_regions import DenseRegion, HeadRegion, evict
+from vllm_spindle.engine.layer_reduction import LayerReduction
 from vllm_spindle.engine.prompt_tokens import (
     PagedTokens,
     PromptTokens,
@@ -30,15 +35,7 @@ from vllm_spindle.engine.prompt_tokens import (
     TensorTokens,
     read_in_place,
 )
-from vllm_spindle.engine.regions import (
-    CodebookRegion,
-    CodebookStats,
-    DenseRegion,
-    HeadRegion,
-    LayerPrompt,
-    Region,
-    make_region,
-)
+from vllm_spindle.engine.regions import Region, make_region
 from vllm_spindle.engine.step import (
     BandRows,
     BatchView,
@@ -48,7 +45,6 @@ from vllm_spindle.engine.step import (
     Step,
     WindowRows,
 )
-from vllm_spindle.engine.transfer import to_device
 from vllm_spindle.engine.window import WindowStash
 from vllm_spindle.policy import SERVERS, SpindlePolicy
 
@@ -159,16 +155,21 @@ class Reducer:
             prompt_tokens = self._tokens(layer, blocks[[0, 1, 0]], num_tokens)
         positions = torch.arange(2 * block_size, num_tokens, device=device)
         queries = torch.randn(num_kv_heads, group, block_size, width // 2)
-        prompt = LayerPrompt(
+        work = LayerReduction(
+            layer,
+            plan,
+            blocks,
             queries=queries.to(layer.kv_cache if self._in_place else device),
             positions=positions if self._in_place else positions.cpu(),
             tokens=prompt_tokens,
             rule=self._rule(0, 0),
             num_ahead=min(1, self.policy.config.reduce_after),
         )
-        region.fill(layer, prompt, plan, blocks)
         if isinstance(region, CodebookRegion):
+            region.fill(work)
             region.stats = CodebookStats()
+        else:
+            evict([region], [work])
 
     def take_stats(self) -> dict[str, Any] | None:
         """The numbers since the last call, which start again from zero; None if there are none."""
@@ -321,62 +322,86 @@ class Reducer:
             block_ids: ``(band, request id) -> block ids of the row``, int64, at least the prompt's.
         """
         started = time.perf_counter()
-        for band, layers in enumerate(self.policy.bands):
-            plan = end.plans[band]
-            mine = range(max(first_layer, layers.start), min(stop_layer, layers.stop))
-            if not mine or not plan.is_reduced:
-                continue
-            row_blocks = block_ids(band, end.request_id)
-            region = self.regions[band]
-            blocks = row_blocks[plan.first_block : plan.tail_block]
-            kept = 0.0
-            visual = self._visual_cap(end.request_id, band)
-            positions = torch.from_numpy(self.policy.recorded(end.prompt_len, end.plans))
-            num_ahead = int((positions >= end.prompt_len).sum())
-            if self._in_place:
-                positions = to_device(positions, row_blocks.device)
-            for layer_idx in mine:
-                layer = self.bands[band][layer_idx - layers.start]
-                prompt = self._read_prompt(
-                    layer, end, row_blocks[: plan.prompt_blocks], positions, num_ahead, visual
-                )
-                kept += region.fill(layer, prompt, plan, blocks)
-            num_context = plan.context_blocks * self.policy.block_size
-            evicted = num_context * len(mine) - kept
-            self._stats.tokens_evicted[band] += evicted / len(layers)
-            if isinstance(region, CodebookRegion):
-                self._stats.tokens_merged[band] += kept / len(layers)
+        read = self._prompt_reader(end, block_ids)
+        for layers in self._batches(end, range(first_layer, stop_layer)):
+            work = [read(layer_idx) for layer_idx in layers]
+            for layer_idx, each, kept in zip(layers, work, self._fill(layers, work), strict=True):
+                self._count(layer_idx, len(each.context) - kept, kept)
         if stop_layer == self.policy.num_layers:
             self.stash.release(end.request_id)
             self._stats.num_reductions += 1
         self._stats.seconds += time.perf_counter() - started
 
+    def _batches(self, end: PromptEnd, layers: range) -> Iterator[list[int]]:
+        """Layers that are reduced, those together that are ranked in one go."""
+        bands = self.policy.band_of_layer
+        at_once = 1  # as tensors, each layer's tokens are copied
+        if self._in_place:
+            num_heads = len(self.heads) * self.policy.num_queries_per_kv
+            at_once = layers_at_once(num_heads, end.prompt_len)
+
+        def kind(layer_idx: int) -> tuple[int, ...]:
+            band = bands(layer_idx)
+            plan = end.plans[band]
+            if isinstance(self.regions[band], CodebookRegion):
+                return (layer_idx,)
+            own = band if self._visual_cap(end.request_id, band) else -1
+            return plan.prefix_blocks, plan.tail_block, own
+
+        reduced = [each for each in layers if end.plans[bands(each)].is_reduced]
+        for _, alike in groupby(reduced, kind):
+            together = list(alike)
+            for first in range(0, len(together), at_once):
+                yield together[first : first + at_once]
+
+    def _fill(self, layers: list[int], work: list[LayerReduction]) -> list[float]:
+        """Context tokens that stay visible in each of some layers that go together."""
+        regions = [self.regions[self.policy.band_of_layer(layer_idx)] for layer_idx in layers]
+        if isinstance(regions[0], CodebookRegion):
+            return [regions[0].fill(work[0])]
+        return evict(regions, work)
+
+    def _count(self, layer_idx: int, evicted: float, kept: float) -> None:
+        band = self.policy.band_of_layer(layer_idx)
+        num_layers = len(self.policy.bands[band])
+        self._stats.tokens_evicted[band] += evicted / num_layers
+        if isinstance(self.regions[band], CodebookRegion):
+            self._stats.tokens_merged[band] += kept / num_layers
+
     def _visual_cap(self, request_id: str, band: int) -> VisualCap | None:
         mask, share = self._visual_masks.get(request_id), self.policy.visual_share(band)
         return None if mask is None or share == 1 else VisualCap(mask, share)
 
-    def _read_prompt(
-        self,
-        layer: ReducedLayer,
-        end: PromptEnd,
-        blocks: Tensor,
-        positions: Tensor,
-        num_ahead: int,
-        visual: VisualCap | None,
-    ) -> LayerPrompt:
-        num_kv_heads = layer.kv_cache.shape[1]
-        queries = self.stash.read(layer.layer_idx, end.request_id)
-        return LayerPrompt(
+    def _prompt_reader(
+        self, end: PromptEnd, block_ids: Callable[[int, str], Tensor]
+    ) -> Callable[[int], LayerReduction]:
+        """What reads the prompt in a layer."""
+        recorded = torch.from_numpy(self.policy.recorded(end.prompt_len, end.plans))
+        num_ahead = int((recorded >= end.prompt_len).sum())
+        device = self.bands[0][0].kv_cache.device
+        positions = to_device(recorded, device) if self._in_place else recorded
+        rows = cache(lambda band: block_ids(band, end.request_id))
+
+        def read(layer_idx: int) -> LayerReduction:
+            band = self.policy.band_of_layer(layer_idx)
+            layer = self.bands[band][layer_idx - self.policy.bands[band].start]
+            plan, blocks = end.plans[band], rows(band)
+            queries = self.stash.read(layer_idx, end.request_id)
             # [Q, K * G, D] -> [K, G, Q, D]
-            queries=queries.view(len(queries), num_kv_heads, -1, queries.shape[-1]).permute(
-                1, 2, 0, 3
-            ),
-            positions=positions,
-            tokens=self._tokens(layer, blocks, end.prompt_len),
-            rule=self._rule(layer.layer_idx, end.prompt_len),
-            num_ahead=num_ahead,
-            visual=visual,
-        )
+            queries = queries.view(len(queries), layer.kv_cache.shape[1], -1, queries.shape[-1])
+            return LayerReduction(
+                layer,
+                plan,
+                blocks[plan.first_block : plan.tail_block],
+                queries=queries.permute(1, 2, 0, 3),
+                positions=positions,
+                tokens=self._tokens(layer, blocks[: plan.prompt_blocks], end.prompt_len),
+                rule=self._rule(layer_idx, end.prompt_len),
+                num_ahead=num_ahead,
+                visual=self._visual_cap(end.request_id, band),
+            )
+
+        return read
 
     def _tokens(self, layer: ReducedLayer, blocks: Tensor, prompt_len: int) -> PromptTokens:
         if self._in_place:

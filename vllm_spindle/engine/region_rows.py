@@ -6,8 +6,8 @@ Shapes: R rows with padding, r reduced rows with codebooks.
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from vllm_spindle.core.transfer import to_device
 from vllm_spindle.engine.step import CodebookRows
-from vllm_spindle.engine.transfer import to_device
 from vllm_spindle.kernels.decode_rows import NOT_MINE, DeviceRows
 
 INTS_PER_ROW = 6  # starts, shapes, prefix

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from vllm_spindle.core.transfer import to_device
 from vllm_spindle.engine.head_table import head_starts
 from vllm_spindle.engine.step import HeadRows
-from vllm_spindle.engine.transfer import to_device
 
 STARTS = 3  # prefix, first and tail block of a row
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vllm_spindle.core.budget import BandPlan
-from vllm_spindle.engine.transfer import to_device
+from vllm_spindle.core.transfer import to_device
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vllm_spindle.core.transfer import to_device
 from vllm_spindle.engine.step import WindowRows
-from vllm_spindle.engine.transfer import to_device
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ SPINDLE = {"keep_ratio": 0.5, "window": 16, "min_prompt_len": 64, "deep_visual_s
 def answers(model: str) -> dict[str, Any]:
     """Covipal alone; with spindle on and every request keeping all; with spindle reducing."""
     from engine_probe.lvlm import LvlmAsk, answer, lvlm_engine
-    from vllm_spindle.engine import regions
+    from vllm_spindle.engine.evicted_regions import DenseRegion
 
     words = "what is the color of red circle ? " * 12
     asks = [LvlmAsk(f"@ {words} @ left right ?", [(96, 48, i), (64, 64, i + 10)]) for i in range(6)]
@@ -26,23 +26,23 @@ def answers(model: str) -> dict[str, Any]:
     with lvlm_engine(model, FAMILY, COVIPAL, enable_prefix_caching=False) as llm:
         found["covipal alone"] = answer(llm, FAMILY, asks)
     chosen = []
-    stock_choose = regions.choose_kept
+    stock_keep = DenseRegion.keep
 
-    def choose(*args: Any, visual: Any = None, **kwargs: Any) -> Any:
-        kept = stock_choose(*args, visual=visual, **kwargs)
-        counts = {name: kwargs[name] for name in ("num_context", "num_kept")}
-        mask = None if visual is None else visual.mask
+    def keep(self: Any, work: Any, kept: Any) -> None:
+        counts = {"num_context": work.context.stop, "num_kept": self.counts(work)[0]}
+        mask = None if work.visual is None else work.visual.mask
+        rows = kept.view(-1, counts["num_kept"])
         chosen.append(
             {
                 **counts,
-                "share": None if visual is None else visual.share,
-                "visual": None if mask is None else int(mask[: kwargs["num_context"]].sum()),
-                "kept_visual": None if mask is None else mask[kept].sum(-1).tolist(),
+                "share": None if work.visual is None else work.visual.share,
+                "visual": None if mask is None else int(mask[: counts["num_context"]].sum()),
+                "kept_visual": None if mask is None else mask[rows].sum(-1).tolist(),
             }
         )
-        return kept
+        stock_keep(self, work, kept)
 
-    regions.choose_kept = choose
+    DenseRegion.keep = keep
     for name, keep_ratio in (("both", SPINDLE["keep_ratio"]), ("keep all", 1.0)):
         additional = {"covipal": COVIPAL, "spindle": {**SPINDLE, "keep_ratio": keep_ratio}}
         options = {"additional_config": additional, "enable_prefix_caching": False}
@@ -50,7 +50,7 @@ def answers(model: str) -> dict[str, Any]:
             found[name] = answer(llm, FAMILY, asks)
             pool = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
             found[f"{name}, left"] = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
-    regions.choose_kept = stock_choose
+    DenseRegion.keep = stock_keep
     return {**found, "chosen": chosen, **_cached(model, asks)}
 
 

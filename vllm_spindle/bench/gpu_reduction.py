@@ -30,7 +30,7 @@ from vllm_spindle.core.choice import (
 )
 from vllm_spindle.core.eviction import gather_kept
 from vllm_spindle.core.observers import observed_positions
-from vllm_spindle.core.scoring import MIN_DISTANCE, TorchAttention
+from vllm_spindle.core.scoring import Questions, answer
 from vllm_spindle.kernels.device_compaction import compact
 from vllm_spindle.kernels.device_scoring import PagedKeys
 
@@ -61,7 +61,10 @@ class LayersReduction:
                 first=self.num_tokens // 2,
             )
         )
-        self.window = config.window
+        num_queries = len(self.positions)
+        self.questions = Questions(
+            range(num_queries - config.window, num_queries), num_queries - 1, from_afar=True
+        )
         self.device_positions = self.positions.to(device)
         cache = (num_blocks + 1, heads, n, 2 * d)
         queries = (len(self.positions), heads, group, d)
@@ -76,19 +79,19 @@ class LayersReduction:
         self.num_context, self.num_kept = tail * n, num_kept * n
         self.region = self.blocks[tail - num_kept : tail]
 
-    def attend(self) -> list[list[Tensor]]:
+    def attend(self) -> list[tuple[Tensor, ...]]:
         """Everything that the default rule asks of each layer."""
         return [
-            self._asked(keys.attend(queries, self.device_positions, self.scale))
+            keys.answer(queries, self.device_positions, self.scale, self.questions)
             for keys, queries in zip(self.keys, self.queries, strict=True)
         ]
 
-    def attend_by_torch(self) -> list[list[Tensor]]:
+    def attend_by_torch(self) -> list[tuple[Tensor, ...]]:
         """The same."""
         asked = []
         for cache, queries in zip(self.caches, self.queries, strict=True):
             keys = self._tokens(cache)[..., : cache.shape[-1] // 2].contiguous()
-            asked.append(self._asked(TorchAttention(queries, keys, self.positions, self.scale)))
+            asked.append(answer(queries, keys, self.positions, self.scale, self.questions))
         return asked
 
     def rank(self) -> tuple[Tensor, ...]:
@@ -139,14 +142,6 @@ class LayersReduction:
         """Keys and values of the given blocks, of the prompt. [K, T, 2 * D]."""
         found = cache[self.blocks if blocks is None else blocks]
         return found.transpose(0, 1).flatten(1, 2)
-
-    def _asked(self, attention: Any) -> list[Tensor]:
-        num_queries = len(self.positions)
-        return [
-            attention.window(num_queries - self.window, num_queries),
-            attention.most(num_queries - 1, num_queries),
-            attention.most(0, num_queries, min_distance=MIN_DISTANCE),
-        ]
 
 
 def seconds_in_a_row(call: Callable[[], Any], repeats: int, device: str) -> tuple[float, float]:

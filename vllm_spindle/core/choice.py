@@ -19,11 +19,10 @@ from vllm_spindle.core.eviction import GqaName, rank_tokens
 from vllm_spindle.core.modality import VisualCap, cap_visual, max_visual_tokens
 from vllm_spindle.core.ordering import ascending
 from vllm_spindle.core.scoring import (
-    MIN_DISTANCE,
-    Attention,
     CachedKeys,
+    Questions,
     ScoreName,
-    TorchAttention,
+    answer,
     in_turns,
     paper_importance,
     pooled_importance,
@@ -147,22 +146,21 @@ def attention_maps(
                 num_kv_heads, group, num_context, seed=rule.seed, device=queries.device
             ),
         )
-    if isinstance(keys, Tensor):
-        attention: Attention = TorchAttention(queries, keys, positions, scale)
-    else:
-        attention = keys.attend(queries, positions, scale)
     num_queries = queries.shape[2]
     num_asking = num_queries - num_ahead
-    summed = attention.window(max(0, num_asking - rule.window), num_asking)
+    # A sum over the window drowns what the queries that answer look at next.
+    last = num_asking - (1 if rule.last_query and rule.score == "received" else 0)
+    questions = Questions(
+        window=range(max(0, num_asking - rule.window), num_asking),
+        last_first=last if last < num_queries and rule.score != "paper" else None,
+        from_afar=rule.score == "received",
+    )
+    if isinstance(keys, Tensor):
+        maps = answer(queries, keys, positions, scale, questions)
+    else:
+        maps = keys.answer(queries, positions, scale, questions)
     if rule.score == "paper":
-        return (paper_importance(summed, num_context),)
-    maps = [summed]
-    first = num_asking - (1 if rule.last_query and rule.score == "received" else 0)
-    if first < num_queries:
-        # A sum over the window drowns what the queries that answer look at next.
-        maps.insert(0, attention.most(first, num_queries))
-    if rule.score == "received":
-        maps.append(attention.most(0, num_asking, min_distance=MIN_DISTANCE))
+        return (paper_importance(maps[0], num_context),)
     return tuple(each[..., :num_context] for each in maps)
 
 

@@ -160,53 +160,71 @@ def received_attention(
     return received
 
 
-class Attention(Protocol):
-    """What a prompt's tokens receive from its observed queries ``[first, stop)``."""
+@dataclass(frozen=True, slots=True)
+class Questions:
+    """What a rule asks of a prompt's observed queries: up to three maps, that take turns.
 
-    def window(self, first: int, stop: int) -> Tensor:
-        """Sums over queries that are the last tokens up to theirs. [K, G, T], float32."""
+    Attributes:
+        window: queries that are the last tokens up to theirs; what they pay is summed.
+        last_first: the maximum over the queries from this one on, which lies in the window or
+            behind it; None if nobody asks.
+        from_afar: whether the maximum over all queries up to the window's last is asked, over
+            ``MIN_DISTANCE`` tokens or more.
+    """
 
-    def most(self, first: int, stop: int, *, min_distance: int = 0) -> Tensor:
-        """Maxima over queries, from that distance on. [K, G, T], float32."""
+    window: range
+    last_first: int | None = None
+    from_afar: bool = False
+
+    @property
+    def num_maps(self) -> int:
+        """As many as are asked."""
+        return 1 + (self.last_first is not None) + self.from_afar
 
 
 class CachedKeys(Protocol):
     """Keys that are attended where they lie, by a kernel."""
 
-    def attend(self, queries: Tensor, positions: Tensor, scale: float) -> Attention:
-        """As ``TorchAttention``, with its arguments on the keys' device."""
+    def answer(
+        self, queries: Tensor, positions: Tensor, scale: float, questions: Questions
+    ) -> tuple[Tensor, ...]:
+        """As the function ``answer``, with ``positions`` on the keys' device."""
 
 
-@dataclass(frozen=True, slots=True)
-class TorchAttention:
-    """``Attention`` in torch: what a CPU runs, and the slow twin of kernels.
+def answer(
+    queries: Tensor, keys: Tensor, positions: Tensor, scale: float, questions: Questions
+) -> tuple[Tensor, ...]:
+    """Maps of attention in torch: what a CPU runs, and the slow twin of kernels.
 
-    Attributes:
+    Args:
         queries: rotated queries of the observed tokens. [K, G, Q, D].
         keys: rotated keys of the prompt. [K, T, D].
         positions: of the queries, ascending, on the CPU. [Q], int64.
         scale: softmax scale.
+        questions: what is asked.
+
+    Returns:
+        The maximum over the last queries, the window's sum, the maximum from afar: those that are
+        asked. Each [K, G, T], float32.
     """
 
-    queries: Tensor
-    keys: Tensor
-    positions: Tensor
-    scale: float
-
-    def window(self, first: int, stop: int) -> Tensor:
-        """The last tokens of the prompt: ``window_attention``."""
-        return window_attention(self.queries[:, :, first:stop], self.keys, self.scale)
-
-    def most(self, first: int, stop: int, *, min_distance: int = 0) -> Tensor:
-        """``received_attention``, its maximum."""
+    def most(first: int, stop: int, min_distance: int = 0) -> Tensor:
         return received_attention(
-            self.queries[:, :, first:stop],
-            self.keys,
-            self.scale,
-            positions=self.positions[first:stop],
+            queries[:, :, first:stop],
+            keys,
+            scale,
+            positions=positions[first:stop],
             min_distance=min_distance,
             reduction="max",
         )
+
+    window, last_first = questions.window, questions.last_first
+    summed = window_attention(queries[:, :, window.start : window.stop], keys, scale)
+    maps = [] if last_first is None else [most(last_first, queries.shape[2])]
+    maps.append(summed)
+    if questions.from_afar:
+        maps.append(most(0, window.stop, MIN_DISTANCE))
+    return tuple(maps)
 
 
 def in_turns(first: Tensor, second: Tensor, *, num_turns: int | None = None) -> Tensor:

@@ -7,11 +7,12 @@ No call waits for the device or looks at what is on it.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from vllm_spindle.core.scoring import MIN_DISTANCE, Questions
 from vllm_spindle.kernels.triton_scoring import log_sum_exps, merge_log_sum_exps, receive
 
 LOG2_E = 1.4426950408889634
@@ -38,13 +39,15 @@ class PagedKeys:
     block_ids: Tensor
     num_tokens: int
 
-    def attend(self, queries: Tensor, positions: Tensor, scale: float) -> "DeviceAttention":
+    def answer(
+        self, queries: Tensor, positions: Tensor, scale: float, questions: Questions
+    ) -> tuple[Tensor, ...]:
         """As ``core.scoring.CachedKeys`` has it; ``positions`` on the device."""
-        return DeviceAttention(queries, self, positions, scale)
+        return DeviceAttention(queries, self, positions, scale).answer(questions)
 
 
 class DeviceAttention:
-    """What a prompt's tokens receive from its observed queries: ``core.scoring.Attention``."""
+    """What a prompt's tokens receive from its observed queries."""
 
     def __init__(
         self,
@@ -101,46 +104,22 @@ class DeviceAttention:
                 self._lse, split_lse, num_rows, num_splits, NUM_ROWS=MERGED_ROWS
             )
 
-    def window(self, first: int, stop: int) -> Tensor:
-        """Sums over the queries ``[first, stop)``. [K, G, T], float32."""
-        return self.received(first, stop, reduction="sum")
-
-    def most(self, first: int, stop: int, *, min_distance: int = 0) -> Tensor:
-        """Maxima over the queries ``[first, stop)``, from that far on. [K, G, T], float32."""
-        return self.received(first, stop, min_distance=min_distance, reduction="max")
-
-    def received(
-        self,
-        first: int,
-        stop: int,
-        *,
-        min_distance: int = 0,
-        weights: Tensor | None = None,
-        reduction: Literal["sum", "max"] = "sum",
-    ) -> Tensor:
-        """``core.scoring.received_attention`` of the queries ``[first, stop)``.
-
-        Args:
-            first, stop: of all queries.
-            min_distance: attention over a shorter distance does not count.
-            weights: of all queries; None for 1. [Q], float32.
-            reduction: over queries.
-
-        Returns:
-            [K, G, T], float32; 0 where nothing counts.
-        """
+    def answer(self, questions: Questions) -> tuple[Tensor, ...]:
+        """The second pass: ``core.scoring.answer``. Each [K, G, T], float32."""
         num_kv_heads, group, num_queries, _ = self._queries.shape
-        shape = (num_kv_heads, group, self._num_tokens)
+        shape = (questions.num_maps, num_kv_heads, group, self._num_tokens)
         received = torch.empty(shape, dtype=torch.float32, device=self._queries.device)
+        window, last_first = questions.window, questions.last_first
         receive[(-(-self._num_tokens // self._many), num_kv_heads * group)](
             received, self._lse, self._queries, self._keys, self._table, self._positions,
-            self._lse if weights is None else weights,
-            self._scale_log2, num_queries, first, stop, min_distance, self._num_tokens,
+            self._scale_log2, num_queries, window.start, window.stop,
+            num_queries if last_first is None else last_first, self._num_tokens,
             *self._queries.stride()[:3], *self._strides,
-            TILE=self._many, NUM_QUERIES=self._few, IS_SUM=reduction == "sum",
-            HAS_WEIGHTS=weights is not None, **self._shape(), **LAUNCH,
+            TILE=self._many, NUM_QUERIES=self._few, MIN_DISTANCE=MIN_DISTANCE,
+            HAS_LAST=last_first is not None, FROM_AFAR=questions.from_afar,
+            **self._shape(), **LAUNCH,
         )  # fmt: skip
-        return received
+        return received.unbind()
 
     def _shape(self) -> dict[str, Any]:
         """Constants that both passes share."""

@@ -3,8 +3,8 @@
 Two passes over the keys, which never hold a matrix of queries times tokens in memory.
 ``log_sum_exps`` finds each query's log-sum-exp by an online softmax, split over the tokens so that
 few kv heads fill a device, too; ``merge_log_sum_exps`` adds the splits up. ``receive`` then goes
-over the queries for each tile of tokens and puts their probabilities together, as a sum or a
-maximum. Keys are read where they lie, in the blocks of the paged cache. ``device_scoring``
+over the queries for each tile of tokens and puts their probabilities together, in all ways that
+are asked at once. Keys are read where they lie, in the blocks of the cache. ``device_scoring``
 launches. Slow twin, and what a CPU runs: ``core.scoring``.
 
 Shapes: K kv heads, G query heads per kv head, Q observed queries, T tokens, D head size, n tokens
@@ -17,10 +17,10 @@ bfloat16 and float16 are multiplied as they are, on tensor cores, and added up i
 float32 operands would give; float32 as three tf32 products. Logarithms are of base 2.
 
 Never timed, nor run on a GPU: it was written without one. Triton 3.9 compiles it for sm_80 and
-sm_90; in bfloat16 at D = 128 both passes have 126 and 128 registers there, 66 and 82 KB of shared
+sm_90; in bfloat16 at D = 128 the passes have 126 and 168 registers there, 66 and 82 KB of shared
 memory and no spills: two programs per multiprocessor. A session with a GPU should try, in this
 order: num_warps 4, 8; tiles of 128 by 128; a first loop without the mask, over what all queries of
-a tile see; the three questions of the default rule in one launch of ``receive``.
+a tile see.
 """
 
 import triton
@@ -35,9 +35,9 @@ CHANGING = (
     "num_tokens",
     "num_rows",
     "num_splits",
-    "first_query",
-    "stop_query",
-    "min_distance",
+    "window_first",
+    "window_stop",
+    "last_first",
 )
 
 
@@ -149,26 +149,52 @@ def merge_log_sum_exps(lse_ptr, split_lse_ptr, num_rows, num_splits, NUM_ROWS: t
     tl.store(lse_ptr + rows, lse, mask=rows < num_rows)
 
 
+@triton.jit
+def _probabilities(
+    start, stop_query, tokens, keys, lse_ptr, queries_ptr, positions_ptr, scale_log2, stride_query,
+    D: tl.constexpr, HEAD_PAD: tl.constexpr, NUM_QUERIES: tl.constexpr, IS_WIDENED: tl.constexpr,
+):  # fmt: skip
+    """A tile of tokens' from a tile of one head's queries, 0 where a query is before the token.
+
+    Returns:
+        Probabilities, [t, M]; the queries and their positions, [M].
+    """
+    query = start + tl.arange(0, NUM_QUERIES)
+    is_query = query < stop_query
+    dims = tl.arange(0, HEAD_PAD)
+    pointers = queries_ptr + (query.to(tl.int64) * stride_query)[:, None] + dims[None, :]
+    queries = tl.load(pointers, mask=is_query[:, None] & (dims < D)[None, :], other=0)
+    lse = tl.load(lse_ptr + query, mask=is_query, other=float("inf"))
+    positions = tl.load(positions_ptr + query, mask=is_query, other=-1).to(tl.int32)
+    products = _products(keys, queries, IS_WIDENED)
+    attention = tl.exp2(products * scale_log2 - lse[None, :])
+    attention = tl.where(tokens[:, None] <= positions[None, :], attention, 0.0)
+    return attention, query, positions
+
+
 @triton.jit(do_not_specialize=CHANGING, do_not_specialize_on_alignment=("table_ptr",))
 def receive(
-    received_ptr, lse_ptr, queries_ptr, keys_ptr, table_ptr, positions_ptr, weights_ptr,
-    scale_log2, num_queries, first_query, stop_query, min_distance, num_tokens,
+    received_ptr, lse_ptr, queries_ptr, keys_ptr, table_ptr, positions_ptr,
+    scale_log2, num_queries, window_first, window_stop, last_first, num_tokens,
     stride_query_head, stride_query_group, stride_query,
     stride_block, stride_head, stride_slot,
     GROUP: tl.constexpr, IS_PAGED: tl.constexpr, N: tl.constexpr,
     D: tl.constexpr, HEAD_PAD: tl.constexpr,
-    TILE: tl.constexpr, NUM_QUERIES: tl.constexpr,
-    IS_SUM: tl.constexpr, HAS_WEIGHTS: tl.constexpr, IS_WIDENED: tl.constexpr,
+    TILE: tl.constexpr, NUM_QUERIES: tl.constexpr, MIN_DISTANCE: tl.constexpr,
+    HAS_LAST: tl.constexpr, FROM_AFAR: tl.constexpr, IS_WIDENED: tl.constexpr,
 ):  # fmt: skip
-    """Probabilities of one tile of tokens, put together over some queries. Grid: tiles, K * G.
+    """Probabilities of one tile of tokens, put together over the queries. Grid: tiles, K * G.
+
+    Queries before the window are asked for one thing only, so they have a loop of their own.
 
     Args:
-        received_ptr: 0 where nothing counts. [K, G, T], float32.
+        received_ptr: the maximum over the last queries with HAS_LAST, the window's sum, and with
+            FROM_AFAR the maximum over MIN_DISTANCE tokens or more; 0 where nothing counts.
+            [maps, K, G, T], float32.
         lse_ptr: of all queries. [K, G, Q].
         queries_ptr: and the next three as for ``log_sum_exps``.
-        weights_ptr: of each query, float32; read with HAS_WEIGHTS. [Q].
-        first_query, stop_query: those that count.
-        min_distance: from a query back to the tokens that count, 0 or more.
+        window_first, window_stop: the window's queries.
+        last_first: the last ones begin here, in the window or behind it.
     """
     kv_head, group_head = tl.program_id(1) // GROUP, tl.program_id(1) % GROUP
     first_token = tl.program_id(0) * TILE
@@ -177,36 +203,47 @@ def receive(
         tokens, num_tokens, keys_ptr + kv_head.to(tl.int64) * stride_head, table_ptr,
         stride_block, stride_slot, IS_PAGED, N, D, HEAD_PAD,
     )  # fmt: skip
-    first_seeing = first_query
-    for start in range(first_query, stop_query, COUNTED):
+    first_seeing = 0
+    for start in range(0, num_queries, COUNTED):
         query = start + tl.arange(0, COUNTED)
-        is_query = query < stop_query
+        is_query = query < num_queries
         positions = tl.load(positions_ptr + query, mask=is_query, other=0).to(tl.int32)
-        is_before = is_query & (positions < first_token + min_distance)
-        first_seeing += tl.sum(is_before.to(tl.int32))
+        first_seeing += tl.sum((is_query & (positions < first_token)).to(tl.int32))
 
-    dims = tl.arange(0, HEAD_PAD)
     queries_ptr += kv_head.to(tl.int64) * stride_query_head + group_head * stride_query_group
     lse_ptr += tl.program_id(1).to(tl.int64) * num_queries
-    received = tl.zeros([TILE], tl.float32)
-    for start in range(first_seeing, stop_query, NUM_QUERIES):
-        query = start + tl.arange(0, NUM_QUERIES)
-        is_query = query < stop_query
-        in_head = is_query[:, None] & (dims < D)[None, :]
-        pointers = queries_ptr + (query.to(tl.int64) * stride_query)[:, None] + dims[None, :]
-        queries = tl.load(pointers, mask=in_head, other=0)
-        lse = tl.load(lse_ptr + query, mask=is_query, other=float("inf"))
-        positions = tl.load(positions_ptr + query, mask=is_query, other=-1).to(tl.int32)
-        products = _products(keys, queries, IS_WIDENED)
-        attention = tl.exp2(products * scale_log2 - lse[None, :])
-        counts = tokens[:, None] <= (positions - min_distance)[None, :]
-        attention = tl.where(counts, attention, 0.0)
-        if HAS_WEIGHTS:
-            weights = tl.load(weights_ptr + query, mask=is_query, other=0)
-            attention *= weights[None, :]
-        if IS_SUM:
-            received += tl.sum(attention, axis=1)
-        else:
-            received = tl.maximum(received, tl.max(attention, axis=1))
-    at = tl.program_id(1).to(tl.int64) * num_tokens + tokens
-    tl.store(received_ptr + at, received, mask=tokens < num_tokens)
+    last = tl.zeros([TILE], tl.float32)
+    total = tl.zeros([TILE], tl.float32)
+    afar = tl.zeros([TILE], tl.float32)
+    if FROM_AFAR:
+        for start in range(first_seeing, window_first, NUM_QUERIES):
+            attention, _, positions = _probabilities(
+                start, window_first, tokens, keys, lse_ptr, queries_ptr, positions_ptr,
+                scale_log2, stride_query, D, HEAD_PAD, NUM_QUERIES, IS_WIDENED,
+            )  # fmt: skip
+            is_far = tokens[:, None] <= (positions - MIN_DISTANCE)[None, :]
+            afar = tl.maximum(afar, tl.max(tl.where(is_far, attention, 0.0), axis=1))
+    for start in range(tl.maximum(first_seeing, window_first), num_queries, NUM_QUERIES):
+        attention, query, positions = _probabilities(
+            start, num_queries, tokens, keys, lse_ptr, queries_ptr, positions_ptr,
+            scale_log2, stride_query, D, HEAD_PAD, NUM_QUERIES, IS_WIDENED,
+        )  # fmt: skip
+        if HAS_LAST:
+            is_last = (query >= last_first)[None, :]
+            last = tl.maximum(last, tl.max(tl.where(is_last, attention, 0.0), axis=1))
+        in_window = (query < window_stop)[None, :]
+        attention = tl.where(in_window, attention, 0.0)
+        total += tl.sum(attention, axis=1)
+        if FROM_AFAR:
+            is_far = tokens[:, None] <= (positions - MIN_DISTANCE)[None, :]
+            afar = tl.maximum(afar, tl.max(tl.where(is_far, attention, 0.0), axis=1))
+
+    is_token = tokens < num_tokens
+    apart = tl.num_programs(1).to(tl.int64) * num_tokens
+    received_ptr += tl.program_id(1).to(tl.int64) * num_tokens + tokens
+    if HAS_LAST:
+        tl.store(received_ptr, last, mask=is_token)
+        received_ptr += apart
+    tl.store(received_ptr, total, mask=is_token)
+    if FROM_AFAR:
+        tl.store(received_ptr + apart, afar, mask=is_token)

@@ -29,6 +29,7 @@ def compiled() -> list[dict[str, list[int]]]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
+    from vllm_spindle.core.scoring import Questions
     from vllm_spindle.kernels import device_compaction, device_head_pages, device_scoring
 
     class Driver:
@@ -73,10 +74,9 @@ def compiled() -> list[dict[str, list[int]]]:
         queries = queries[first:].permute(1, 2, 0, 3)
         positions = torch.arange(num_queries)
         keys = device_scoring.PagedKeys(cache, blocks[first:], num_tokens)
-        attention = keys.attend(queries, positions, 0.1)
-        attention.window(num_queries - 32, num_queries)
-        attention.most(num_queries - 1, num_queries)
-        attention.most(0, num_queries, min_distance=16)
+        window = range(num_queries - 32, num_queries)
+        for last_first in (None, num_queries - 1):
+            keys.answer(queries, positions, 0.1, Questions(window, last_first, from_afar=True))
         kept = torch.zeros(heads, num_blocks, n, dtype=torch.int64).transpose(0, 1)
         region = blocks[first : first + num_blocks]
         device_compaction.compact(cache, blocks[first:], kept, region)
@@ -120,6 +120,6 @@ def test_kernels_compile_once_whatever_the_prompt(tmp_path: Path) -> None:
     """For sm_80 and sm_90, with a padded head: the second and third prompt find them all there."""
     first, *later = in_child(compiled, env={"TRITON_CACHE_DIR": str(tmp_path)})
     once = [1, 1]
-    assert first.pop("receive") == [2, 2]  # a sum and a maximum
+    assert first.pop("receive") == [2, 2]  # without and with the last queries
     assert all(count == once for count in first.values()) and len(first) == 5
     assert later == [first | {"receive": [2, 2]}] * 2

@@ -16,7 +16,7 @@ from torch import Tensor
 from engine_child import in_child
 from vllm_spindle.core.choice import ChoiceRule, rank_context
 from vllm_spindle.core.modality import VisualCap
-from vllm_spindle.core.scoring import received_attention, window_attention
+from vllm_spindle.core.scoring import Questions, answer
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
@@ -123,35 +123,27 @@ def case_errors(device: str = "cpu") -> dict[str, dict[str, float]]:
     for name, case in CASES.items():
         prompt = make_prompt(case)
         attention = attend(case, prompt, device)
-        asking = case.spread + case.window
-        num_queries = len(prompt.positions)
-        weights = torch.rand(num_queries)
+        asking, num_queries = case.spread + case.window, len(prompt.positions)
+        window = range(case.spread, asking)
         errors = found[name] = {}
-        window = attention.window(case.spread, asking).cpu()
-        expected = window_attention(
-            prompt.queries[:, :, case.spread : asking], prompt.keys, prompt.scale
-        )
-        errors["window"] = float((window - expected).abs().max())
-        for what, first, stop, reduction, distance, weighted in (
-            ("asking, from afar", 0, asking, "max", 16, False),
-            ("last", asking - 1, num_queries, "max", 0, False),
-            ("weighted sum", case.spread // 2, num_queries, "sum", 3, True),
-            ("weighted max", 0, num_queries, "max", 0, True),
+        for what, last_first, from_afar in (
+            ("window", None, False),
+            ("window, from afar", None, True),
+            ("last, window", asking - 1, False),
+            ("all", asking - 1, True),
+            ("ahead alone, window, from afar", asking if case.ahead else None, True),
+            ("the whole window twice", case.spread, False),
         ):
-            dials = {"min_distance": distance, "reduction": reduction}
-            received = attention.received(
-                first, stop, weights=weights.to(device) if weighted else None, **dials
-            ).cpu()
-            expected = received_attention(
-                prompt.queries[:, :, first:stop],
-                prompt.keys,
-                prompt.scale,
-                positions=prompt.positions[first:stop],
-                weights=weights[first:stop] if weighted else None,
-                **dials,
+            questions = Questions(window, last_first, from_afar)
+            ours = attention.answer(questions)
+            theirs = answer(prompt.queries, prompt.keys, prompt.positions, prompt.scale, questions)
+            assert [each.shape for each in ours] == [each.shape for each in theirs]
+            assert len(ours) == questions.num_maps
+            errors[what] = max(
+                float((mine.cpu() - other).abs().max())
+                for mine, other in zip(ours, theirs, strict=True)
             )
-            assert received.shape == expected.shape
-            errors[what] = float((received - expected).abs().max())
+        assert num_queries == asking + case.ahead
     return found
 
 
@@ -229,7 +221,7 @@ def interpreted() -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_equal_the_core(interpreted: dict[str, Any], name: str) -> None:
-    """Sums and maxima, weighted and from afar, are torch's up to float32 error; never a NaN."""
+    """Sums and maxima, all that are asked at once, are torch's up to float32 error; no NaN."""
     for what, error in interpreted["case_errors"][name].items():
         assert error < TOLERANCE, what
 

@@ -166,7 +166,7 @@ def aborts(bench: Bench) -> dict[str, Any]:
         for _ in range(3):
             running.step()
         worker = running.core.model_executor.driver_worker.worker
-        left = [*worker._reduction.reducer._plans, *worker._reduction.stash.holders()]
+        left = worker._reduction.reducer.holders()
         return {
             "ok": running.is_idle_and_free and not left,
             "requests": added,

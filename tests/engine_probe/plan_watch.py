@@ -55,9 +55,8 @@ class PlanWatch:
         worker = getattr(self.engine.core.model_executor, "driver_worker", None)
         reduction = getattr(getattr(worker, "worker", None), "_reduction", None)
         if reduction is not None:  # In another process with tensor parallel.
-            known += [*reduction.reducer._plans, *reduction.stash.holders()]
+            known += reduction.reducer.holders()
             known += [*reduction._queue.request_ids, *reduction._ends]
-            known += reduction.reducer._visual_masks
             known += [rows for rows in (reduction.stash._rows, reduction._step.window) if rows]
         return known
 

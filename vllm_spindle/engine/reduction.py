@@ -1,20 +1,18 @@
-"""The worker's half: plan a step's rows before the forward, reduce ended prompts after it.
+"""The worker's half: reduce prompts that have ended, after the forward that ended them.
 
-Nothing here runs inside a forward pass: ``plan_step`` runs when attention metadata is built, the
-reduction after the model returned, before the next step is enqueued. So it does not matter
-whether the forward was Python, compiled or a captured graph.
+After the model returned and before the next step is enqueued, so it does not matter whether the
+forward was Python, compiled or a captured graph.
 
 Shapes: K kv heads, G query heads per kv head, T prompt tokens, D head size.
 """
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, replace
-from functools import cache, partial
+from dataclasses import dataclass, field, fields
+from functools import cache
 from itertools import groupby
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,15 +34,8 @@ from vllm_spindle.engine.prompt_tokens import (
     read_in_place,
 )
 from vllm_spindle.engine.regions import Region, make_region
-from vllm_spindle.engine.step import (
-    BandRows,
-    BatchView,
-    CodebookRows,
-    HeadRows,
-    PromptEnd,
-    Step,
-    WindowRows,
-)
+from vllm_spindle.engine.step import BatchView, PromptEnd, Step
+from vllm_spindle.engine.step_planner import StepPlanner
 from vllm_spindle.engine.window import WindowStash
 from vllm_spindle.policy import SERVERS, SpindlePolicy
 
@@ -59,15 +50,6 @@ class ReductionStats:
     num_reductions: int = 0
     tokens_evicted: list[float] = field(default_factory=list)
     tokens_merged: list[float] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class PastRows:
-    """One band's rows whose prompts have been reduced, by what their regions hold."""
-
-    dense: BandRows | None = None
-    codebooks: CodebookRows | None = None
-    heads: HeadRows | None = None
 
 
 class Reducer:
@@ -91,23 +73,19 @@ class Reducer:
             first_kv_head: of the model's.
             in_place: whether Triton kernels score and move tokens where they lie in the cache.
         """
-        config = policy.config
         self.policy = policy
         self.bands = bands
         self.stash = stash
         self._in_place = in_place
-        self.num_copies = policy.num_queries_per_kv if config.gqa == "unfold" else 1
         head_size = bands[0][0].kv_cache.shape[-1] // 2
         num_kv_heads = bands[0][0].kv_cache.shape[1]
         self.heads = range(first_kv_head, first_kv_head + num_kv_heads)
         self.regions = [
             make_region(policy, band, head_size, self.heads) for band in range(len(bands))
         ]
+        self._planner = StepPlanner(policy, self.regions, self.heads)
         self._layout: CacheLayout | None = None
-        self._plans: dict[str, tuple[BandPlan, ...]] = {}
         self._visual_masks: dict[str, Tensor] = {}
-        self._past: list[str | None] = []
-        self._past_rows: tuple[PastRows, ...] = (PastRows(),) * len(bands)
         self._stats = self._empty_stats()
 
     @property
@@ -214,98 +192,22 @@ class Reducer:
             options: what the request sets for itself.
             visual_mask: True = visual token, [T]; None if the prompt has none.
         """
-        plans = self.policy.plan_request(prompt_len, options)
-        if any(plan.is_reduced for plan in plans):
-            self._plans[request_id] = plans
-            if visual_mask is not None:
-                self._visual_masks[request_id] = visual_mask
+        if self._planner.admit(request_id, prompt_len, options) and visual_mask is not None:
+            self._visual_masks[request_id] = visual_mask
 
     def forget(self, request_id: str) -> None:
         """The request is over."""
-        self._plans.pop(request_id, None)
+        self._planner.forget(request_id)
         self._visual_masks.pop(request_id, None)
         self.stash.release(request_id)
 
     def plan_step(self, batch: BatchView) -> Step:
         """The step's geometry, before its forward."""
-        past: list[str | None] = []
-        ends: list[PromptEnd] = []
-        sources: list[Tensor] = []
-        counts: list[tuple[str, int]] = []
-        token = 0
-        rows = zip(
-            batch.request_ids,
-            batch.prompt_lens.tolist(),
-            batch.num_computed.tolist(),
-            batch.num_scheduled.tolist(),
-            strict=True,
-        )
-        for request_id, prompt_len, computed, scheduled in rows:
-            plans = self._plans.get(request_id)
-            reduce_at = self.policy.reduce_at(prompt_len)
-            is_past = computed >= reduce_at
-            past.append(request_id if is_past and plans else None)
-            if plans and not is_past:
-                recorded = self.policy.recorded(prompt_len, plans)
-                first, stop = np.searchsorted(recorded, (computed, computed + scheduled))
-                if first < stop:
-                    sources.append(torch.from_numpy(recorded[first:stop] + (token - computed)))
-                    counts.append((request_id, int(stop - first)))
-                if computed + scheduled >= reduce_at:
-                    ends.append(PromptEnd(request_id, prompt_len, plans))
-            token += scheduled
-        self._plan_rows(past)
-        return Step(
-            bands=tuple(rows.dense for rows in self._past_rows),
-            codebooks=tuple(rows.codebooks for rows in self._past_rows),
-            heads=tuple(rows.heads for rows in self._past_rows),
-            window=WindowRows(torch.cat(sources), tuple(counts)) if sources else None,
-            prompt_ends=tuple(ends),
-        )
+        return self._planner.plan_step(batch)
 
-    def _plan_rows(self, past: list[str | None]) -> None:
-        """Per band, the geometry of the rows that are reduced, None for the others.
-
-        Unchanged from one decode step to the next until a request comes or goes.
-        """
-        if past == self._past:
-            return
-        self._past = past
-        plans = [self._plans[request_id] if request_id else None for request_id in past]
-        self._past_rows = tuple(
-            self._band_rows(band, [p[band] if p else None for p in plans])
-            for band in range(len(self.regions))
-        )
-
-    def _band_rows(self, band: int, plans: list[BandPlan | None]) -> "PastRows":
-        region = self.regions[band]
-        if isinstance(region, HeadRegion):
-            return PastRows(heads=HeadRows.of(plans, partial(self._head_blocks, band)))
-        if isinstance(region, DenseRegion):
-            return PastRows(dense=BandRows.of(plans, self.num_copies))
-        assert isinstance(region, CodebookRegion)
-        reduced = [(row, plan) for row, plan in enumerate(plans) if plan and plan.is_reduced]
-        if not reduced:
-            return PastRows()
-        shapes = [region.shape(plan) for _, plan in reduced]
-        codebooks = CodebookRows(
-            rows=torch.tensor([row for row, _ in reduced]),
-            starts=_int32([(plan.first_block, plan.tail_block) for _, plan in reduced]),
-            prefix_blocks=torch.tensor([p.prefix_blocks for _, p in reduced], dtype=torch.int32),
-            shapes=_int32([(s.num_key_entries, s.num_value_entries, s.num_tokens) for s in shapes]),
-        )
-        tails = [
-            replace(plan, first_block=plan.tail_block, prefix_blocks=0)
-            if plan and plan.is_reduced
-            else None
-            for plan in plans
-        ]
-        return PastRows(dense=BandRows.of(tails, num_copies=1), codebooks=codebooks)
-
-    def _head_blocks(self, band: int, plan: BandPlan) -> list[tuple[int, ...]]:
-        """Blocks of each kv head, layer by layer."""
-        layers = self.policy.bands[band]
-        return [self.policy.head_blocks(layer_idx, plan, self.heads) for layer_idx in layers]
+    def holders(self) -> list[str]:
+        """Requests that anything is kept of, once for each thing."""
+        return [*self._planner.request_ids, *self._visual_masks, *self.stash.holders()]
 
     def reduce(
         self,
@@ -413,7 +315,3 @@ class Reducer:
         # The random baseline must not drop the same positions in every layer and prompt.
         seed = (config.seed * 1009 + layer_idx) * 65537 + prompt_len
         return choice_rule(config, seed=seed)
-
-
-def _int32(rows: list[tuple[int, ...]]) -> Tensor:
-    return torch.tensor(rows, dtype=torch.int32)

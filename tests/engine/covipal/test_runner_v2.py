@@ -93,7 +93,7 @@ def _both(model: str, family: str) -> dict[str, Any]:
             "tokens": [a["tokens"] for a in answers],
             "reductions": core.scheduler._stats["reductions"],
             "left": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
-            "known": [*reducer._plans, *reducer._visual_masks, *reducer.stash.holders()],
+            "known": reducer.holders(),
         }
 
 

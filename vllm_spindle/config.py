@@ -272,13 +272,12 @@ def read_profile(path: Path) -> ProfileFile:
         ) from None
 
 
-def with_profile(config: SpindleConfig, model: str, *, can_split: bool = True) -> SpindleConfig:
+def with_profile(config: SpindleConfig, model: str) -> SpindleConfig:
     """The configuration for a model: ``auto`` decided, ``measured`` with its shares.
 
     Args:
         config: as the user gave it.
         model: folder or name; only a folder can have a profile beside it.
-        can_split: whether kv heads of one layer may hold different numbers of blocks here.
 
     Raises:
         ValueError: if budgets are to be measured and nothing was.
@@ -288,7 +287,7 @@ def with_profile(config: SpindleConfig, model: str, *, can_split: bool = True) -
     found = ProfileFile(config.head_shares)
     if found.head_shares is None and (Path(model) / PROFILE_FILE).is_file():
         found = read_profile(Path(model) / PROFILE_FILE)
-    usable = can_split and not config.merges and config.gqa != "unfold"
+    usable = not config.merges and config.gqa != "unfold"
     if config.budget == "auto" and (found.head_shares is None or not usable):
         return config.model_copy(update={"budget": "uniform", "head_shares": None})
     if found.head_shares is None:

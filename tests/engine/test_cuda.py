@@ -31,16 +31,6 @@ REFUSED: dict[str, tuple[tuple[str, str, Any] | None, dict[str, Any], list[str]]
         ON,
         ["--attention-backend=FLASHINFER", "FLASH_ATTN or TRITON_ATTN"],
     ),
-    "heads, vLLM's choice": (
-        None,
-        MEASURED,
-        ["budget=measured", "by TRITON_ATTN so far", "FlashAttention", "backend TRITON_ATTN"],
-    ),
-    "heads, FlashAttention": (
-        ("attention_config", "backend", "FLASH_ATTN"),
-        MEASURED,
-        ["budget=measured", "by TRITON_ATTN so far", "FlashAttention", "backend TRITON_ATTN"],
-    ),
     "worker class": (
         ("parallel_config", "worker_cls", "my.Worker"),
         ON,
@@ -101,13 +91,13 @@ def configure(model: str) -> dict[str, Any]:
         found["good"] = [str(r) for r in refusals.config_refusals(config, SpindleConfig(**ON))]
         both = SpindleConfig(**ON, method="both")
         found["float16 codebooks"] = [str(r) for r in refusals.config_refusals(half, both)]
-        triton = AttentionBackendEnum["TRITON_ATTN"]
-        with patch.object(config.attention_config, "backend", triton):
-            measured = SpindleConfig(**MEASURED)
-            found["heads"] = [str(r) for r in refusals.config_refusals(config, measured)]
-            config.additional_config["spindle"] = measured.model_dump()
-            found["reserved for heads"] = reserved_bytes(config)
-            found |= {f"Triton, {name}": said for name, said in _profiled(config, lines).items()}
+        measured = SpindleConfig(**MEASURED)
+        for backend in (None, *map(AttentionBackendEnum.__getitem__, platforms.CUDA.backends)):
+            with patch.object(config.attention_config, "backend", backend):
+                said = refusals.config_refusals(config, measured)
+                found[f"heads, {backend}"] = [str(each) for each in said]
+        config.additional_config["spindle"] = measured.model_dump()
+        found["reserved for heads"] = reserved_bytes(config)
         lines.clear()
         config.parallel_config.worker_cls = platforms.CUDA.stock_worker
         config.scheduler_config.scheduler_cls = None
@@ -146,6 +136,7 @@ def _profiled(config: Any, lines: list[list[str]]) -> dict[str, Any]:
                 startup.prepare(config)
             warnings = [text for level, text in lines if level == "WARNING"]
             found[f"profile {name}"] = [text.replace(folder, "MODEL") for text in warnings]
+            found[f"budget {name}"] = config.additional_config["spindle"]["budget"]
     return found
 
 
@@ -205,23 +196,18 @@ def test_cuda_starts_our_worker_and_says_what_was_not_seen(found: dict[str, Any]
     assert "not yet run on a GPU by us" in warning
 
 
-@pytest.mark.parametrize(
-    ("where", "named"), [("file", "MODEL/spindle-profile.json"), ("option", "head_shares")]
-)
-def test_a_profile_that_cuda_cannot_use_is_named(
-    found: dict[str, Any], where: str, named: str
+@pytest.mark.parametrize("where", ["file", "option"])
+def test_a_profile_is_used_by_vllms_own_choice_of_attention(
+    found: dict[str, Any], where: str
 ) -> None:
-    """One WARNING more than without; none where uniform budgets were asked for."""
-    _, warning = found[f"profile {where}"]
-    assert f"the profile {named} is not used" in warning
-    assert "uniform" in warning and "--attention-backend TRITON_ATTN" in warning
-    assert len(found["profile uniform"]) == 1
-    assert len(found[f"Triton, profile {where}"]) == 1
+    """Without a warning more than CUDA's own; whether its kernel can is asked at start-up."""
+    assert len(found[f"profile {where}"]) == len(found["profile uniform"]) == 1
+    assert found[f"budget {where}"] == "measured" != found["budget uniform"]
 
 
-def test_measured_budgets_are_served_by_triton_attention(found: dict[str, Any]) -> None:
-    """Where it is asked for by name; its tables take memory, too."""
-    assert found["heads"] == []
+def test_measured_budgets_are_refused_by_no_backends_name(found: dict[str, Any]) -> None:
+    """Of those that we derive from; their tables take memory, too."""
+    assert [said for name, said in found.items() if name.startswith("heads, ")] == [[]] * 3
     assert found["reserved"] < found["reserved for heads"] < 2 << 30
 
 

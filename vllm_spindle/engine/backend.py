@@ -211,6 +211,8 @@ class SpindleBuilderMixin:
 class SpindleImplMixin:
     """Runs the stock implementation and sets the window's queries aside."""
 
+    _single: Any = None
+
     def forward(
         self,
         layer: Any,
@@ -241,7 +243,7 @@ class SpindleImplMixin:
             # [T, K * G, D] -> [K * T, G, D], kv head after kv head.
             by_head = query[:num_tokens].unflatten(1, (num_heads, -1)).transpose(0, 1)
             head_output = torch.empty(by_head.shape, dtype=query.dtype, device=query.device)
-            super().forward(
+            super(SpindleImplMixin, self._one_kv_head(num_heads)).forward(
                 layer,
                 by_head.flatten(0, 1).contiguous(),
                 key,
@@ -267,6 +269,12 @@ class SpindleImplMixin:
             )
             output[:, head::group] = head_output
         return output
+
+    def _one_kv_head(self, num_kv_heads: int) -> Any:
+        """The implementation for rows of one kv head; the same one in every call."""
+        if self._single is None:
+            self._single = for_one_kv_head(self, num_kv_heads)
+        return self._single
 
 
 @lru_cache(maxsize=16)

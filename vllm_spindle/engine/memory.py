@@ -8,7 +8,9 @@ from vllm_spindle.engine.graphs import most_captured_tokens
 from vllm_spindle.engine.options import policy_for, switched_on
 
 FLOAT = 4
-MAX_SPLIT_BYTES = 256 << 20  # of the codebook kernel, see ``kernels.device_decode``
+# Of the codebook kernel, see ``kernels.device_decode``; or FlashAttention's, for rows of one kv head,
+# of which it takes the few heads as a reason to split them more.
+MAX_SPLIT_BYTES = 256 << 20
 # Of a token's scores for one query head: three maps of attention, as many pooled, ranks of two; and
 # a sort's keys and int64 places, as it takes, returns and twice turns them over.
 RANKING_BYTES = (3 + 3 + 2) * FLOAT + 4 * (FLOAT + 8)
@@ -47,5 +49,5 @@ def reserved_bytes(vllm_config: VllmConfig) -> int:
         prompt = most_tokens * token_elements * (4 * element_bytes + 4 * FLOAT)
     # The longest prompt alone, or as many layers of a shorter one as are ranked in one go.
     scores = max(RANKED_AT_ONCE, num_heads * most_tokens) * RANKING_BYTES
-    splits = MAX_SPLIT_BYTES if config.merges else 0
+    splits = MAX_SPLIT_BYTES if config.merges or policy.profile is not None else 0
     return staged + windows + tables + prompt + scores + splits

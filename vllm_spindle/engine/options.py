@@ -2,7 +2,6 @@
 
 import difflib
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -10,7 +9,6 @@ from vllm.exceptions import VLLMValidationError
 
 from vllm_spindle.config import (
     KEEP_RATIO_KEY,
-    PROFILE_FILE,
     PROTECTED_PREFIX_KEY,
     RequestOptions,
     SpindleConfig,
@@ -19,7 +17,6 @@ from vllm_spindle.config import (
     parse_protected_prefix,
     with_profile,
 )
-from vllm_spindle.engine.platforms import splits_heads
 from vllm_spindle.policy import SpindlePolicy
 
 SECTION = "spindle"
@@ -56,17 +53,7 @@ def fit(vllm_config: VllmConfig, config: SpindleConfig) -> SpindleConfig:
     Raises:
         ValueError: if it asks for a profile that there is not.
     """
-    can_split = splits_heads(vllm_config.attention_config.backend)
-    return with_profile(config, vllm_config.model_config.model, can_split=can_split)
-
-
-def unused_profile(vllm_config: VllmConfig, asked: SpindleConfig) -> str | None:
-    """The profile, by file or option, that this attention backend cannot use, or None."""
-    model = vllm_config.model_config.model
-    would_use = with_profile(asked, model).budget == "measured"
-    if asked.budget != "auto" or not would_use or fit(vllm_config, asked).budget == "measured":
-        return None
-    return str(Path(model) / PROFILE_FILE) if asked.head_shares is None else "head_shares"
+    return with_profile(config, vllm_config.model_config.model)
 
 
 def first_kv_head(vllm_config: VllmConfig, rank: int) -> int:

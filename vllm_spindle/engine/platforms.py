@@ -1,7 +1,6 @@
 """What spindle brings for each of vLLM's platforms, and what it leans on there."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from vllm.platforms import current_platform
@@ -16,14 +15,12 @@ class Target:
         stock_worker: the one that it stands in for.
         backends: vLLM's attention backends that ours are derived from, by name; the first one is
             vLLM's own choice.
-        head_backends: those whose kernels have been seen to read kv heads with blocks of their own.
         codebook_dtypes: of the model, where a band has codebooks.
     """
 
     worker: str
     stock_worker: str
     backends: tuple[str, ...]
-    head_backends: tuple[str, ...]
     codebook_dtypes: tuple[torch.dtype, ...]
 
 
@@ -32,15 +29,12 @@ CPU = Target(
     stock_worker="vllm.v1.worker.cpu_worker.CPUWorker",
     # The second is vLLM's choice nowhere; tests interpret it.
     backends=("CPU_ATTN", "TRITON_ATTN"),
-    head_backends=("CPU_ATTN", "TRITON_ATTN"),
     codebook_dtypes=(torch.bfloat16,),
 )
 CUDA = Target(
     worker="vllm_spindle.processes.worker_cuda.SpindleGPUWorker",
     stock_worker="vllm.v1.worker.gpu_worker.Worker",
     backends=("FLASH_ATTN", "TRITON_ATTN"),
-    # FlashAttention's kernels run on a GPU alone; Triton's are interpreted by tests.
-    head_backends=("TRITON_ATTN",),
     codebook_dtypes=(torch.bfloat16, torch.float16),
 )
 
@@ -50,15 +44,3 @@ def target() -> Target | None:
     if current_platform.is_cpu():
         return CPU
     return CUDA if current_platform.is_cuda() else None
-
-
-def splits_heads(backend: Any) -> bool:
-    """Whether kv heads of one layer may hold different numbers of blocks here.
-
-    Args:
-        backend: of attention, as the user asked for it: an ``AttentionBackendEnum`` or None.
-    """
-    platform = target()
-    if platform is None:
-        return False
-    return (backend.name if backend else platform.backends[0]) in platform.head_backends

@@ -17,7 +17,7 @@ from vllm.utils.torch_utils import is_quantized_kv_cache
 
 from vllm_spindle.config import SpindleConfig
 from vllm_spindle.core.bands import default_num_bands
-from vllm_spindle.engine.platforms import CUDA, splits_heads, target
+from vllm_spindle.engine.platforms import CUDA, target
 from vllm_spindle.policy import SpindlePolicy
 
 WITHOUT = "or serve without spindle"
@@ -109,18 +109,6 @@ def backend_refusals(name: str) -> list[Refusal]:
     reason = f"spindle's attention is derived from {ours}"
     way_out = f"use --attention-backend {ours}, {WITHOUT}"
     return [Refusal("--attention-backend", name, reason, way_out)]
-
-
-def why_heads_are_alike() -> tuple[str, str]:
-    """The reason where ``splits_heads`` is false, and backends for which it would be true."""
-    platform = target()
-    assert platform is not None  # else refused
-    backends = " or ".join(platform.head_backends)
-    reason = (
-        f"kv heads with blocks of their own are read by {backends} so far, and nobody has checked "
-        "on a GPU that FlashAttention's kernels can"
-    )
-    return reason, backends
 
 
 def _platform() -> Iterator[Refusal]:
@@ -243,10 +231,6 @@ def _prefix(vllm_config: VllmConfig, config: SpindleConfig) -> Iterator[Refusal]
 def _profile(vllm_config: VllmConfig, config: SpindleConfig) -> Iterator[Refusal]:
     if config.budget != "measured" or config.head_shares is None:
         return
-    if target() is not None and not splits_heads(vllm_config.attention_config.backend):
-        reason, backends = why_heads_are_alike()
-        way_out = f"use --attention-backend {backends}, or budget uniform or pyramid"
-        yield Refusal("budget", "measured", reason, way_out)
     model = vllm_config.model_config
     _, shares = config.head_shares[0]
     found = len(shares), len(shares[0])

@@ -10,10 +10,9 @@ from vllm_spindle.engine.options import (
     fit,
     policy_for,
     resolve,
-    unused_profile,
 )
 from vllm_spindle.engine.platforms import CUDA, target
-from vllm_spindle.engine.refusals import config_refusals, raise_if_any, why_heads_are_alike
+from vllm_spindle.engine.refusals import config_refusals, raise_if_any
 
 # Under vLLM's logger tree, so that the user's logging settings apply.
 logger = init_logger("vllm.spindle")
@@ -44,14 +43,6 @@ def prepare(vllm_config: VllmConfig) -> bool:
         return False
     raise_if_any(config_refusals(vllm_config, config))
     _switch_on(vllm_config)
-    profile = unused_profile(vllm_config, asked)
-    if profile is not None:
-        logger.warning(
-            "SpindleKV: the profile %s is not used, budget auto is uniform: %s; use "
-            "--attention-backend %s",
-            profile,
-            *why_heads_are_alike(),
-        )
     logger.info("SpindleKV on: %s", describe(vllm_config, config))
     return True
 

@@ -3,7 +3,9 @@
 What differs between model runners V1 and V2 is in ``runners.py``.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from vllm.utils import length_from_prompt_token_ids_or_embeds
 from vllm_spindle.engine.active import activate
 from vllm_spindle.engine.decoders import CPU_BACKEND, Decoder, make_decoder, warm_up
 from vllm_spindle.engine.graphs import most_captured_tokens
+from vllm_spindle.engine.known_answer import check_heads
 from vllm_spindle.engine.options import first_kv_head, request_options
 from vllm_spindle.engine.prompt_tokens import ReducedLayer
 from vllm_spindle.engine.reduction import Reducer
@@ -22,7 +25,7 @@ from vllm_spindle.engine.refusals import group_refusals, raise_if_any
 from vllm_spindle.engine.rotary_table import rotary_table
 from vllm_spindle.engine.runners import RunnerView, view_of
 from vllm_spindle.engine.spec import SpindleSpec
-from vllm_spindle.engine.step import PromptEnd, Step
+from vllm_spindle.engine.step import HeadRows, PromptEnd, Step
 from vllm_spindle.engine.window import WindowStash
 
 
@@ -92,7 +95,7 @@ class RunnerReduction:
         self.reducer.warm_up()
         self._scheduler_output: Any = None
         self._step: Step | None = None
-        attention = next(iter(runner.compilation_config.static_forward_context.values()))
+        attention = _first_layer(runner, self._group_of_band[0])
         self._backend = attention.attn_backend.get_name()
         self._decoders = {
             layer.layer_idx: make_decoder(layer, self._backend, self.reducer.layout)
@@ -104,6 +107,9 @@ class RunnerReduction:
             if layer.cos_sin is not None:
                 warm_up(self._decoders[layer.layer_idx], layer, attention.num_heads)
                 break
+        # The CPU's kernels read pages in every test.
+        if self.reducer.policy.profile is not None and self._backend != CPU_BACKEND:
+            self._check_heads(runner, attention)
 
     @property
     def step(self) -> Step:
@@ -121,6 +127,28 @@ class RunnerReduction:
     def decoder(self, layer_idx: int) -> Decoder:
         """The compiled kernel that reads a layer's codebooks."""
         return self._decoders[layer_idx]
+
+    def _check_heads(self, runner: Any, attention: Any) -> None:
+        group = self._group_of_band[0]
+        check_heads(
+            runner.attn_groups[group][0].get_metadata_builder(0),
+            attention,
+            self._pretend,
+            num_layers=len(self.reducer.bands[0]),
+            max_rows=runner.vllm_config.scheduler_config.max_num_seqs,
+            num_columns=runner.block_tables.input_block_tables[group].shape[1],
+        )
+
+    @contextmanager
+    def _pretend(self, rows: HeadRows) -> Iterator[None]:
+        """For the time of the block the step has these rows in the first band."""
+        num_bands = len(self.reducer.bands)
+        self._step = replace(Step.idle(num_bands), heads=(rows, *(None,) * (num_bands - 1)))
+        try:
+            with activate(self):
+                yield
+        finally:
+            self.rest()
 
     def rest(self) -> None:
         """Between steps: captures and dummy batches, of no request, may come."""
@@ -214,7 +242,7 @@ def _make_reducer(runner: Any, view: RunnerView) -> Reducer:
                 f"attention kernel into blocks of {block_size}; pass --block-size {block_size}"
             )
     cache = bands[0][0].kv_cache
-    attention = layers[groups[0].layer_names[0]]
+    attention = _first_layer(runner, 0)
     stash = WindowStash(
         num_layers=spec.policy.num_layers,
         num_heads=attention.num_heads,
@@ -227,6 +255,12 @@ def _make_reducer(runner: Any, view: RunnerView) -> Reducer:
     # The CPU's kernels pack blocks their own way, and torch is as fast there.
     in_place = attention.attn_backend.get_name() != CPU_BACKEND
     return Reducer(spec.policy, bands, stash, first, in_place=in_place)
+
+
+def _first_layer(runner: Any, group: int) -> Any:
+    """Of a KV-cache group: not everything that a forward looks up by name is attention."""
+    name = runner.kv_cache_config.kv_cache_groups[group].layer_names[0]
+    return runner.compilation_config.static_forward_context[name]
 
 
 def _reduced_layer(layer: Any, cos_sin: Tensor | None) -> ReducedLayer:

@@ -80,7 +80,6 @@ def test_auto_takes_the_profile_beside_the_model(tmp_path: Path) -> None:
     for dials in ({"method": "both"}, {"gqa": "unfold"}, {"budget": "uniform"}):
         other = with_profile(load_config({"keep_ratio": 0.25, **dials}), str(tmp_path))
         assert (other.budget, other.head_shares, other.num_bands) == ("uniform", None, None)
-    assert with_profile(config, str(tmp_path), can_split=False).budget == "uniform"
 
 
 def test_a_profile_by_its_path(tmp_path: Path) -> None:

@@ -47,9 +47,17 @@ def served(model: str, version: int) -> dict[str, Any]:
 
     if version == 2:
         enable()
+    from unittest.mock import patch
+
+    from engine_probe import flash
     from engine_probe.engines import Ask, engine
-    from engine_probe.flash import flash_attention
     from engine_probe.graphs import full_graphs
+
+    attend, splits = flash.varlen, set()
+
+    def watched(**given: Any) -> None:
+        splits.add(given["num_splits"])
+        attend(**given)
 
     prompts = [each["prompt_token_ids"] for each in tiny.prompts(3, PROMPT_LENS, seed=2)]
     asks = [Ask(prompt, max_tokens=5) for prompt in prompts]
@@ -57,8 +65,10 @@ def served(model: str, version: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, (spindle, graph_mode) in modes.items():
         with ExitStack() as stack:
+            splits.clear()
             if version == 2:
-                stack.enter_context(flash_attention())
+                stack.enter_context(patch.object(flash, "varlen", watched))
+                stack.enter_context(flash.flash_attention())
             graphs = stack.enter_context(full_graphs(graph_mode, SIZES)) if graph_mode else {}
             running = stack.enter_context(engine(model, spindle, **OPTIONS))
             running.chunk(96)
@@ -67,6 +77,7 @@ def served(model: str, version: int) -> dict[str, Any]:
                 "backend": running.core.model_executor.driver_worker.worker._reduction._backend,
                 "replays": {str(kind): count for kind, count in graphs.items()},
                 "idle_free": running.is_idle_and_free,
+                "splits": sorted(splits),
             }
     return found
 
@@ -92,6 +103,14 @@ def test_it_ran_as_graphs(found: dict[str, Any], mode: str) -> None:
     replays = found["v2"][mode]["replays"]
     assert sum(replays.values()) >= 4
     assert ("96" in replays) == mode.endswith("full")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_graphs_are_held_to_the_splits_that_they_have_room_for(
+    found: dict[str, Any], mode: str
+) -> None:
+    """32 by default, also for heads on their own, which are K times as many tokens; else any."""
+    assert found["v2"][mode]["splits"] == ([32] if "," in mode else [0])
 
 
 def test_they_can_tell(found: dict[str, Any]) -> None:

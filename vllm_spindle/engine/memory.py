@@ -8,8 +8,8 @@ from vllm_spindle.engine.graphs import most_captured_tokens
 from vllm_spindle.engine.options import policy_for, switched_on
 
 FLOAT = 4
-# Of the codebook kernel, see ``kernels.device_decode``; or FlashAttention's, for rows of one kv head,
-# of which it takes the few heads as a reason to split them more.
+# Of the codebook kernel, see ``kernels.device_decode``; or of FlashAttention's for rows of one kv
+# head, which it splits the more for being few.
 MAX_SPLIT_BYTES = 256 << 20
 # Of a token's scores for one query head: three maps of attention, as many pooled, ranks of two; and
 # a sort's keys and int64 places, as it takes, returns and twice turns them over.

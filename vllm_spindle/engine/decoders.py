@@ -49,8 +49,10 @@ def make_decoder(layer: ReducedLayer, backend: str, layout: CacheLayout) -> Deco
     )
 
 
-def warm_up(decoder: Decoder, layer: ReducedLayer, num_heads: int) -> None:
+def warm_up(decoder: Any, layer: ReducedLayer, num_heads: int, backend: str) -> None:
     """Compile the kernel at start-up: one sham query over one tail token of an unused block."""
+    # Of Triton's there are two: what is not split is written as it shall be, the rest merged.
+    kinds = ({},) if backend == CPU_BACKEND else ({"num_splits": 1}, {"num_splits": 2})
     cache = layer.kv_cache
     query = torch.zeros(1, num_heads, cache.shape[-1] // 2, dtype=cache.dtype, device=cache.device)
 
@@ -66,4 +68,5 @@ def warm_up(decoder: Decoder, layer: ReducedLayer, num_heads: int) -> None:
         prefix_blocks=ints(0),
         max_query_len=1,
     )
-    decoder(query, torch.empty_like(query), cache, rows)
+    for options in kinds:
+        decoder(query, torch.empty_like(query), cache, rows, **options)

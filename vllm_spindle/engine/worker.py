@@ -105,7 +105,7 @@ class RunnerReduction:
         }
         for layer in [layer for band in self.reducer.bands for layer in band]:
             if layer.cos_sin is not None:
-                warm_up(self._decoders[layer.layer_idx], layer, attention.num_heads)
+                warm_up(self._decoders[layer.layer_idx], layer, attention.num_heads, self._backend)
                 break
         # The CPU's kernels read pages in every test.
         if self.reducer.policy.profile is not None and self._backend != CPU_BACKEND:

@@ -39,6 +39,20 @@ EMPTY = tl.constexpr(region_shape.EMPTY)
 NOT_MINE = tl.constexpr(decode_rows.NOT_MINE)
 LN_2 = tl.constexpr(0.6931471805599453)
 
+# They differ from step to step: a kernel must not be compiled for some of their values.
+CHANGING = (
+    "num_query_blocks",
+    "num_rows",
+    "num_splits",
+    "stride_table",
+    "stride_output_split",
+    "stride_lse_split",
+    "stride_lse_head",
+    "stride_split_output",
+    "stride_split_lse",
+    "stride_split_lse_head",
+)
+
 
 @triton.jit
 def _in_run(
@@ -163,7 +177,13 @@ def _softmax_step(products, value_scales, values, peaks, totals, sums):
     return new_peaks, totals, sums
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=CHANGING,
+    do_not_specialize_on_alignment=(
+        "table_ptr", "starts_ptr", "shapes_ptr", "tail_lens_ptr", "query_start_ptr",
+        "prefix_blocks_ptr",
+    ),
+)  # fmt: skip
 def decode_split(
     query_ptr, output_ptr, lse_ptr, cache_ptr, cos_sin_ptr,
     table_ptr, starts_ptr, shapes_ptr, tail_lens_ptr, query_start_ptr, prefix_blocks_ptr,
@@ -266,7 +286,10 @@ def decode_split(
     tl.store(pointers, sums.to(output_ptr.dtype.element_ty), mask=in_head)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=CHANGING,
+    do_not_specialize_on_alignment=("query_start_ptr",),
+)
 def merge_splits(
     output_ptr, lse_ptr, split_output_ptr, split_lse_ptr, query_start_ptr, num_rows, num_splits,
     stride_output_token, stride_output_head, stride_lse_head,

@@ -30,7 +30,13 @@ def compiled() -> list[dict[str, list[int]]]:
     from triton.runtime import driver
 
     from vllm_spindle.core.scoring import Questions
-    from vllm_spindle.kernels import device_compaction, device_head_pages, device_scoring
+    from vllm_spindle.kernels import (
+        device_compaction,
+        device_decode,
+        device_head_pages,
+        device_scoring,
+    )
+    from vllm_spindle.kernels.decode_rows import DeviceRows
 
     class Driver:
         """A GPU of each capability, of which nobody asks more."""
@@ -58,8 +64,8 @@ def compiled() -> list[dict[str, list[int]]]:
     driver.set_active(Driver())
     heads = 2
     names = ("log_sum_exps", "merge_log_sum_exps", "receive", "gather_pages", "write_pages")
-    names += ("fill_head_pages",)
-    modules = device_compaction, device_head_pages, device_scoring
+    names += ("fill_head_pages", "decode_split", "merge_splits")
+    modules = device_compaction, device_decode, device_head_pages, device_scoring
     kernels = {}
     for name in names:
         (module,) = [each for each in modules if hasattr(each, name)]
@@ -81,6 +87,29 @@ def compiled() -> list[dict[str, list[int]]]:
         region = blocks[first : first + num_blocks]
         device_compaction.compact(cache, blocks[first:], kept, region)
         fill(num_blocks, first)
+        decode(num_blocks, first, num_blocks * 7 if first % 2 else 16)
+
+    def decode(num_rows: int, max_query_len: int, num_tokens: int) -> None:
+        """As many rows and tokens of a step, in buffers for seven more rows."""
+        ints = torch.zeros(6 * (num_rows + 7), dtype=torch.int32)
+        query = torch.zeros(num_tokens, heads * 4, 48, dtype=torch.bfloat16)
+        rows = DeviceRows(
+            block_table=torch.zeros(num_rows, num_rows * 20 - 19, dtype=torch.int32),
+            starts=ints[: 2 * num_rows].view(-1, 2),
+            shapes=ints[2 * num_rows + 1 :][: 3 * num_rows].view(-1, 3),
+            tail_lens=ints[:num_rows],
+            query_start=ints[: num_rows + 1],
+            prefix_blocks=ints[5 * num_rows + first_odd(num_rows) :][:num_rows],
+            max_query_len=max_query_len,
+        )
+        cache = torch.zeros(30, heads, 16, 96, dtype=torch.bfloat16)
+        decoder = device_decode.DeviceRegionDecoder(torch.zeros(99, 48), 0.1)
+        for num_splits in (1, 2 + num_rows % 3):
+            decoder(query, torch.empty_like(query), cache, rows, num_splits=num_splits)
+
+    def first_odd(number: int) -> int:
+        """So that what follows is not aligned."""
+        return 1 - number % 2
 
     def fill(num_rows: int, layer: int) -> None:
         """A table of a batch of that many rows, with padding behind each head's or without."""
@@ -120,6 +149,10 @@ def test_kernels_compile_once_whatever_the_prompt(tmp_path: Path) -> None:
     """For sm_80 and sm_90, with a padded head: the second and third prompt find them all there."""
     first, *later = in_child(compiled, env={"TRITON_CACHE_DIR": str(tmp_path)})
     once = [1, 1]
-    assert first.pop("receive") == [2, 2]  # without and with the last queries
-    assert all(count == once for count in first.values()) and len(first) == 5
-    assert later == [first | {"receive": [2, 2]}] * 2
+    twice = {
+        "receive": [2, 2],  # without and with the last queries
+        "decode_split": [2, 2],  # outputs as they shall be, and float32 to be merged
+    }
+    assert {name: first.pop(name) for name in twice} == twice
+    assert all(count == once for count in first.values()) and len(first) == 6
+    assert later == [first | twice] * 2

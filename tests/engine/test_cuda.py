@@ -167,9 +167,33 @@ def _classes(config: Any, layers: Any, platform: Any) -> dict[str, Any]:
             found["chosen by vLLM"] = str(error)
     module, _, name = CUDA.worker.rpartition(".")
     worker = getattr(import_module(module), name)
+    found["available"] = {name: _available(worker, config, *given) for name, given in GIVEN.items()}
     module, _, name = CUDA.stock_worker.rpartition(".")
     found["is subclass"] = issubclass(worker, getattr(import_module(module), name))
     return found
+
+
+# name: KV cache bytes that the user gives, and that vLLM's plan of an earlier start writes there
+GIVEN = {"by nobody": (None, None), "by the user": (7 << 30, None), "by a plan": (None, 7 << 30)}
+
+
+def _available(worker: Any, config: Any, given: int | None, planned: int | None) -> int:
+    """What our worker makes of 7 GiB for the KV cache."""
+    from unittest.mock import patch
+
+    from vllm.v1.worker.gpu_worker import Worker
+
+    def stock(self: Any) -> int:
+        self.cache_config.kv_cache_memory_bytes = given or planned
+        return 7 << 30
+
+    made = worker.__new__(worker)
+    made.vllm_config, made.cache_config, made._reduction = config, config.cache_config, None
+    with (
+        patch.object(Worker, "determine_available_memory", stock),
+        patch.object(config.cache_config, "kv_cache_memory_bytes", given),
+    ):
+        return made.determine_available_memory()
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +251,13 @@ def test_other_platforms_are_refused(found: dict[str, Any]) -> None:
 def test_memory_is_set_aside(found: dict[str, Any]) -> None:
     """For the tiny model some megabytes; not nothing, not gigabytes."""
     assert 1 << 20 < found["reserved"] < 2 << 30
+
+
+def test_it_is_set_aside_unless_the_user_gives_a_size(found: dict[str, Any]) -> None:
+    """A size that vLLM planned at an earlier start knows nothing of us."""
+    available = found["available"]
+    assert available["by the user"] == 7 << 30
+    assert available["by nobody"] == available["by a plan"] == (7 << 30) - found["reserved"]
 
 
 def on_device() -> dict[str, Any]:

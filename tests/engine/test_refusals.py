@@ -244,7 +244,8 @@ def configure(model: str, folder: str) -> dict[str, Any]:
     found["off-tp2"] = try_config("off-tp2", {"keep_ratio": 1.0}, two_ranks, stock_config)
     found["not-asked-tp2"] = try_config("not-asked-tp2", None, two_ranks, stock_config)
     made = EngineArgs(model, skip_tokenizer_init=True, block_size=32).create_engine_config()
-    found["rust"] = _front_end(made)
+    found["rust"] = _with(made, VLLM_USE_RUST_FRONTEND="1")
+    found["layout"] = _with(made, VLLM_KV_CACHE_LAYOUT="LHBNC")
     return {**found, **_forced(made), **_layers(made), "async": _asynchronous(made)}
 
 
@@ -280,14 +281,14 @@ def _layers(made: Any) -> dict[str, Any]:
     return found
 
 
-def _front_end(made: Any) -> list[str]:
+def _with(made: Any, **environment: str) -> list[str]:
     import os
     from unittest.mock import patch
 
     from vllm_spindle.config import SpindleConfig
     from vllm_spindle.engine.refusals import config_refusals
 
-    with patch.dict(os.environ, {"VLLM_USE_RUST_FRONTEND": "1"}):
+    with patch.dict(os.environ, environment):
         return [str(refusal) for refusal in config_refusals(made, SpindleConfig(**ON))]
 
 
@@ -393,6 +394,12 @@ def test_a_front_end_that_checks_no_request_is_refused(found: dict[str, Any]) ->
     """vLLM's own in Rust, whose bad requests would reach the scheduler."""
     (message,) = found["rust"]
     _assert_says(message, ["spindle does not support VLLM_USE_RUST_FRONTEND=1", "remove it"])
+
+
+def test_a_cache_with_heads_outside_of_blocks_is_refused(found: dict[str, Any]) -> None:
+    """Which vLLM allows with both of CUDA's backends, but chooses nowhere there."""
+    (message,) = found["layout"]
+    _assert_says(message, ["VLLM_KV_CACHE_LAYOUT=LHBNC", "all of its heads", "remove it"])
 
 
 @pytest.fixture(scope="module")

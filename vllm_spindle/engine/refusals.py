@@ -253,6 +253,13 @@ def _cache(vllm_config: VllmConfig) -> Iterator[Refusal]:
             "quantised keys cannot be scored yet",
             "use --kv-cache-dtype auto",
         )
+    if envs.VLLM_KV_CACHE_LAYOUT == "LHBNC":
+        yield Refusal(
+            "VLLM_KV_CACHE_LAYOUT",
+            envs.VLLM_KV_CACHE_LAYOUT,
+            "a block must hold all of its heads: their blocks are moved and dealt out together",
+            "remove it",
+        )
     if cache.kv_sharing_fast_prefill:
         yield Refusal("--kv-sharing-fast-prefill", True, "prompts are cut short", "leave it off")
     if cache.kv_offloading_size is not None:

@@ -365,20 +365,21 @@ class Launches:
 def _reduced(there: dict[str, Any]) -> dict[str, Any]:
     """A layer's reduction by eviction: what our kernels are launched with, and how often."""
     from contextlib import ExitStack
+    from dataclasses import replace
     from unittest.mock import patch
 
     import torch
 
-    from vllm_spindle.config import SpindleConfig
+    from vllm_spindle.config import SpindleConfig, load_config
     from vllm_spindle.core.budget import BandPlan
     from vllm_spindle.core.choice import ChoiceRule
     from vllm_spindle.core.modality import VisualCap
     from vllm_spindle.engine.cache_layout import CacheLayout
-    from vllm_spindle.engine.evicted_regions import DenseRegion, evict
+    from vllm_spindle.engine.evicted_regions import DenseRegion, HeadRegion, evict
     from vllm_spindle.engine.layer_reduction import LayerReduction
     from vllm_spindle.engine.prompt_tokens import PagedTokens, ReducedLayer
     from vllm_spindle.kernels import device_compaction, device_scoring
-    from vllm_spindle.policy import SpindlePolicy
+    from vllm_spindle.policy import SERVERS, SpindlePolicy
 
     layout = CacheLayout.of(*torch.arange(2 * 16 * 16).view(16, 2, 16).unbind(1))
     cache = torch.zeros(9, 2, 16, 32, dtype=torch.bfloat16, **there)
@@ -419,6 +420,14 @@ def _reduced(there: dict[str, Any]) -> dict[str, Any]:
             ]
             region = DenseRegion(SpindlePolicy(config, 6, 16, 3))
             assert evict([region, region], work) == [32, 16]
+        measured = load_config(
+            {**MEASURED, "keep_ratio": 0.5, "num_bands": 6, "min_prompt_len": 32}
+        )
+        policy = SpindlePolicy(measured, 6, 16, 3)
+        plan = policy.plan_request(75, SERVERS)[0]
+        region = torch.zeros(plan.reduced_blocks, dtype=torch.int64, **there)
+        work = [replace(each, plan=plan, region=region) for each in work]
+        evict([HeadRegion(policy, range(2))] * 2, work)
     assert not written
     return {"launched": {name: stub.devices for (_, name), stub in launches.items()}}
 
@@ -437,4 +446,4 @@ def test_a_step_stays_on_the_device() -> None:
     tensors = {"log_sum_exps": 5, "merge_log_sum_exps": 2, "receive": 6}
     tensors |= {"gather_pages": 5, "write_pages": 3}
     for name, count in tensors.items():
-        assert found["launched"][name] == [["meta"] * count] * 4
+        assert found["launched"][name] == [["meta"] * count] * 6

@@ -31,9 +31,10 @@ class CovipalConfig(BaseModel):
     ppm: str | None = Field(
         None, description="folder of the pruning module (config.json, model.safetensors)"
     )
-    max_text_tokens: Annotated[int, Field(ge=0, le=4096)] = Field(
-        128,
-        description="text tokens that a text-aware selector reads, the last of the image's turn",
+    max_text_tokens: Annotated[int, Field(ge=0, le=4096)] | None = Field(
+        None,
+        description="text tokens that a text-aware selector reads, the last of the image's turn; "
+        "default: as many as the pruning module was trained to read, 128 for 'cdpruner'",
     )
     turn_end: Annotated[tuple[str, ...], Field(strict=False)] | None = Field(
         None,

@@ -32,7 +32,7 @@ class EncodedPrompt:
     Attributes:
         prompt_ids: expanded, a placeholder per row. [L], int64.
         items: images and videos in the order of the prompt.
-        text_ids: text context of each item.
+        text_ids: text context of each item, whole: a selector reads the last tokens of it.
         positions: M-RoPE positions of the unpruned prompt. [3, L]; None for one-dimensional RoPE.
         next_position: position of the first generated token under M-RoPE.
         inputs: what the processor returned, for pictures.
@@ -71,7 +71,6 @@ def encode_prompt(
     *,
     images: Sequence[Any] | None = None,
     videos: Sequence[Any] | None = None,
-    max_text_tokens: int = MAX_TEXT_TOKENS,
 ) -> EncodedPrompt:
     """Run the processor and the vision tower.
 
@@ -81,7 +80,6 @@ def encode_prompt(
         prompt: with one placeholder per image or video, chat template applied.
         images: PIL images, in the order of their placeholders.
         videos: arrays of frames, likewise.
-        max_text_tokens: length of a text context at most.
 
     Raises:
         ValueError: if the model's family is not supported.
@@ -103,23 +101,26 @@ def encode_prompt(
     excluded = special_ids(tokenizer) | ({image_id, video_id} - {None})
     turn_ends = turn_end_sequences(tokenizer, getattr(processor, "chat_template", None))
     text_ids = tuple(
-        text_context(shrunk, end, excluded, turn_ends, max_text_tokens)
+        text_context(shrunk, end, excluded, turn_ends, len(shrunk))
         for shrunk, end in _shrunk_spans(ids.tolist(), items)
     )
     positions, next_position = _positions(model, inputs)
     return EncodedPrompt(ids, items, text_ids, positions, next_position, inputs)
 
 
-def visual_items(model: Any, encoded: EncodedPrompt, keep_ratio: float) -> list[VisualItem]:
-    """The prompt's media as a selector sees them."""
+def visual_items(
+    model: Any, encoded: EncodedPrompt, keep_ratio: float, max_text_tokens: int = MAX_TEXT_TOKENS
+) -> list[VisualItem]:
+    """The prompt's media as a selector sees them that reads so much text."""
     embed = model.get_input_embeddings()
     items = []
     for item, text_ids in zip(encoded.items, encoded.text_ids, strict=True):
         num_rows = item.rows.shape[0]
         mask = item.structure_mask
         num_candidates = num_rows if mask is None else num_rows - int(mask.sum())
+        read = text_ids[max(0, len(text_ids) - max_text_tokens) :]
         with torch.no_grad():
-            text = embed(torch.tensor(text_ids, dtype=torch.int64, device=item.rows.device))
+            text = embed(torch.tensor(read, dtype=torch.int64, device=item.rows.device))
         num_kept = kept_tokens(num_candidates, keep_ratio)
         items.append(VisualItem(item.rows, text, mask, item.grids, num_kept))
     return items
@@ -133,7 +134,7 @@ def prune_prompt(
     Kept tokens and text have consecutive positions under one-dimensional RoPE, and under M-RoPE
     exactly those of the unpruned prompt.
     """
-    kept_rows = selector.select(visual_items(model, encoded, keep_ratio))
+    kept_rows = selector.select(visual_items(model, encoded, keep_ratio, selector.max_text_tokens))
     with torch.no_grad():
         embeddings = model.get_input_embeddings()(encoded.prompt_ids).clone()
     is_kept = torch.ones_like(encoded.prompt_ids, dtype=torch.bool)
@@ -179,13 +180,10 @@ def select_rows(
     selector: Selector,
     images: Sequence[Any] | None = None,
     videos: Sequence[Any] | None = None,
-    max_text_tokens: int = MAX_TEXT_TOKENS,
 ) -> list[Tensor]:
     """Rows kept of each image and video, in the order of the prompt; see ``encode_prompt``."""
-    encoded = encode_prompt(
-        model, processor, prompt, images=images, videos=videos, max_text_tokens=max_text_tokens
-    )
-    return selector.select(visual_items(model, encoded, keep_ratio))
+    encoded = encode_prompt(model, processor, prompt, images=images, videos=videos)
+    return selector.select(visual_items(model, encoded, keep_ratio, selector.max_text_tokens))
 
 
 def generate_pruned(
@@ -198,12 +196,9 @@ def generate_pruned(
     max_new_tokens: int,
     images: Sequence[Any] | None = None,
     videos: Sequence[Any] | None = None,
-    max_text_tokens: int = MAX_TEXT_TOKENS,
 ) -> list[int]:
     """Token ids that follow the pruned prompt, greedily; see ``encode_prompt``."""
-    encoded = encode_prompt(
-        model, processor, prompt, images=images, videos=videos, max_text_tokens=max_text_tokens
-    )
+    encoded = encode_prompt(model, processor, prompt, images=images, videos=videos)
     pruned = prune_prompt(model, encoded, keep_ratio=keep_ratio, selector=selector)
     return generate_greedy(model, pruned, max_new_tokens=max_new_tokens)
 

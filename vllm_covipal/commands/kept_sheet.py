@@ -31,6 +31,7 @@ def kept_sheet(
         panels = [Panel(f"all {total} tokens", light(views, set(range(total))))]
         place = {row: i for i, row in enumerate(item.candidate_rows().tolist())}
         for selector in selectors:
+            (item,) = hf.visual_items(model, encoded, keep_ratio, selector.max_text_tokens)
             rows = selector.select([item])[0].tolist()
             kept = {place[row] for row in rows if row in place}
             label = f"{selector.name}  {keep_ratio:g}: {len(kept)} of {total}"

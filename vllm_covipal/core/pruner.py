@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_covipal.core.ragged_attention import RaggedAttention
+from vllm_covipal.core.text_context import MAX_TEXT_TOKENS
 
 HEAD_SIZE = 64
 MIN_LENGTH = 1e-12
@@ -48,6 +49,7 @@ class PruningModuleConfig:
             model may take the rest of the picture as a yardstick, for counting above all, and
             where little is found what scores next resembles it. [0, 1).
         spread_by: how: evenly over the picture's order, or by what is unlike all that is kept.
+        max_text_tokens: text tokens it was trained to read, the last of the image's turn.
         fingerprint: of the LVLM it was trained for, from ``fingerprint.fingerprint``; empty for
             an untrained module.
         trained_for: that LVLM's name, for people.
@@ -61,6 +63,7 @@ class PruningModuleConfig:
     text_first: bool = True
     spread_share: float = 0.0
     spread_by: SpreadName = "even"
+    max_text_tokens: int = MAX_TEXT_TOKENS
     fingerprint: str = ""
     trained_for: str = ""
 
@@ -81,6 +84,8 @@ class PruningModuleConfig:
             raise ValueError(f"spread_share must be in [0, 1), got {self.spread_share}")
         if self.spread_by not in get_args(SpreadName):
             raise ValueError(f"spread_by must be even or diverse, got {self.spread_by!r}")
+        if self.max_text_tokens < 0:
+            raise ValueError(f"max_text_tokens must be at least 0, got {self.max_text_tokens}")
 
     @classmethod
     def for_hidden_size(cls, hidden_size: int, **changes: Any) -> "PruningModuleConfig":
@@ -102,7 +107,7 @@ class PruningModuleConfig:
             raise ValueError(f"expected a JSON object, got {type(values).__name__}")
         known = {field.name for field in fields(cls)}
         # Modules made before there were these have none.
-        missing = sorted(known - set(values) - {"spread_share", "spread_by"})
+        missing = sorted(known - set(values) - {"spread_share", "spread_by", "max_text_tokens"})
         unknown = sorted(set(values) - known)
         if unknown or missing:
             raise ValueError(f"unknown keys {unknown}, missing keys {missing}")

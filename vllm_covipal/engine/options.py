@@ -22,11 +22,13 @@ ATTRIBUTE = "covipal"
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the user asked for, and the identity of what chooses."""
+    """What the user asked for, and what follows from it."""
 
     config: CovipalConfig
     identity: str
     """Of the selector: two that may choose differently differ in it."""
+    max_text_tokens: int
+    """That the selector reads: the user's word, or the pruning module's."""
 
 
 def asked_for(vllm_config: VllmConfig) -> CovipalConfig | None:
@@ -42,7 +44,11 @@ def asked_for(vllm_config: VllmConfig) -> CovipalConfig | None:
 
 def attach(model_config: ModelConfig, options: Options) -> None:
     """Let the options travel with the model's configuration."""
-    value = {"config": options.config.model_dump(mode="json"), "identity": options.identity}
+    value = {
+        "config": options.config.model_dump(mode="json"),
+        "identity": options.identity,
+        "max_text_tokens": options.max_text_tokens,
+    }
     model_config.hf_config.update({ATTRIBUTE: value})
 
 
@@ -51,7 +57,8 @@ def attached(model_config: ModelConfig) -> Options | None:
     value = getattr(model_config.hf_config, ATTRIBUTE, None)
     if value is None:
         return None
-    return Options(CovipalConfig.model_validate(value["config"]), value["identity"])
+    config = CovipalConfig.model_validate(value["config"])
+    return Options(config, value["identity"], value["max_text_tokens"])
 
 
 def take_keep_ratio(

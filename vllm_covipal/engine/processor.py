@@ -233,8 +233,8 @@ class _TextContexts:
     def __init__(self, info: Any, family: Family, options: Options) -> None:
         config = options.config
         tokenizer = info.get_tokenizer()
-        self._reads_text = uses_text(config.selector) and config.max_text_tokens > 0
-        self._max_tokens = config.max_text_tokens
+        self._reads_text = uses_text(config.selector) and options.max_text_tokens > 0
+        self._max_tokens = options.max_text_tokens
         self._placeholders = family.placeholder_ids(info.get_hf_config())
         self._not_text = special_ids(tokenizer) | set(self._placeholders.values())
         if config.turn_end is None:

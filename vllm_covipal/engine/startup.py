@@ -1,12 +1,13 @@
 """Once, in the front process, before the engine starts: check, prepare, say what is on."""
 
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_covipal.config import CovipalConfig
 from vllm_covipal.core.fingerprint import fingerprint
 from vllm_covipal.core.pruner_files import check_fingerprint, read_config, weights_digest
+from vllm_covipal.core.text_context import MAX_TEXT_TOKENS
 from vllm_covipal.engine.compat import version_problem
 from vllm_covipal.engine.options import Options, asked_for, attach
 from vllm_covipal.engine.refusals import config_refusals, misplaced_options, raise_if_any
@@ -34,7 +35,8 @@ def prepare(vllm_config: VllmConfig) -> bool:
         raise ValueError(f"covipal: {problem}")
     raise_if_any(config_refusals(vllm_config))
     model_config = vllm_config.model_config
-    attach(model_config, Options(config, _identity(config, model_config)))
+    options = Options(config, *_of_selector(config, model_config))
+    attach(model_config, options)
     # The class that vLLM starts, and its processor. What is known of the stock architecture
     # (model_config.architecture, capabilities) stays.
     model_config.hf_config.architectures = [CLASS_OF[model_config.architecture]]
@@ -43,26 +45,35 @@ def prepare(vllm_config: VllmConfig) -> bool:
             "CoViPAL on CUDA: checked without a GPU (devices of tensors, model runner V2 "
             "interpreted), not yet run on a GPU by us"
         )
-    logger.info("CoViPAL on: %s", _describe(config))
+    logger.info("CoViPAL on: %s", _describe(options))
     return True
 
 
-def _identity(config: CovipalConfig, model_config: object) -> str:
-    """What tells this selector's choices from another's, in cache keys."""
+def _of_selector(config: CovipalConfig, model_config: ModelConfig) -> tuple[str, int]:
+    """What tells this selector's choices from another's, in cache keys; text tokens it reads."""
+    asked = config.max_text_tokens
     if config.ppm is None:
-        return f"{config.selector}-{config.seed}"
+        return f"{config.selector}-{config.seed}", MAX_TEXT_TOKENS if asked is None else asked
     try:
-        hf_config = model_config.hf_config  # type: ignore[attr-defined]
-        model_name = model_config.model  # type: ignore[attr-defined]
-        check_fingerprint(read_config(config.ppm), fingerprint(hf_config), model_name)
-        return f"ppm-{weights_digest(config.ppm)}"
+        module = read_config(config.ppm)
+        check_fingerprint(module, fingerprint(model_config.hf_config), model_config.model)
+        identity = f"ppm-{weights_digest(config.ppm)}"
     except ValueError as error:
         raise ValueError(f"covipal: ppm={config.ppm!r}: {error}") from None
+    if asked not in (None, module.max_text_tokens):
+        logger.warning(
+            "CoViPAL: max_text_tokens=%d, but the pruning module was trained to read %d text "
+            "tokens; leave max_text_tokens out to serve it as it was trained",
+            asked,
+            module.max_text_tokens,
+        )
+    return identity, module.max_text_tokens if asked is None else asked
 
 
-def _describe(config: CovipalConfig) -> str:
+def _describe(options: Options) -> str:
+    config = options.config
     chooses = config.selector if config.ppm is None else f"ppm {config.ppm}"
     return (
         f"keep_ratio={config.keep_ratio} selector={chooses} "
-        f"max_text_tokens={config.max_text_tokens} reuse_mib={config.reuse_mib}"
+        f"max_text_tokens={options.max_text_tokens} reuse_mib={config.reuse_mib}"
     )

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vllm_covipal.core.text_context import MAX_TEXT_TOKENS
 from vllm_covipal.core.visual_item import VisualItem, with_structure
 
 
@@ -24,6 +25,8 @@ class Selector(ABC):
     name: ClassVar[str]
     uses_text: ClassVar[bool]
     """Whether another text context may change the choice: if so, it belongs in cache keys."""
+    max_text_tokens: int = MAX_TEXT_TOKENS
+    """Length of the text context that it is to be given, where the user does not say."""
 
     def select(self, items: Sequence[VisualItem]) -> list[Tensor]:
         """Rows to keep of each item, structure rows included.

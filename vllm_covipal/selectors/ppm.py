@@ -29,6 +29,7 @@ class PpmSelector(Selector):
     def __init__(self, pruning_module: PruningModule) -> None:
         """Args: pruning_module: on the device where the items will be."""
         self.pruning_module = pruning_module
+        self.max_text_tokens = pruning_module.config.max_text_tokens
 
     def _choose(self, items: Sequence[VisualItem]) -> list[Tensor]:
         scores = self.pruning_module.score_items(

@@ -113,7 +113,7 @@ def train(
     encoder = Encoder(
         model,
         processor,
-        max_text_tokens=recipe.max_text_tokens,
+        max_text_tokens=module.config.max_text_tokens,
         max_answer_tokens=recipe.max_answer_tokens,
     )
     made_by = provenance() | {"command": " ".join(["vllm-covipal", *sys.argv[1:]])}
@@ -171,6 +171,7 @@ def _new_module(recipe: TrainRecipe, model: Any, model_name: str) -> PruningModu
                 text.hidden_size,
                 fingerprint=fingerprint(model.config),
                 trained_for=model_name or recipe.model,
+                max_text_tokens=recipe.max_text_tokens,
                 **recipe.module.sizes(),
             )
         )
@@ -185,7 +186,10 @@ def _as_asked(config: PruningModuleConfig, recipe: TrainRecipe) -> PruningModule
                 f"module.{name}={said[name]}, but the module to start from, init={recipe.init}, "
                 f"has {getattr(config, name)}: leave it out, or start without init"
             )
-    return replace(config, **{name: said[name] for name in said.keys() & WITHOUT_WEIGHTS})
+    changes = {name: said[name] for name in said.keys() & WITHOUT_WEIGHTS}
+    if "max_text_tokens" in recipe.model_fields_set:
+        changes["max_text_tokens"] = recipe.max_text_tokens
+    return replace(config, **changes)
 
 
 def _run_stage(

@@ -135,7 +135,8 @@ class TrainRecipe(Section):
     init: str | None = Field(
         None,
         description="folder of a pruning module to start from, stage 1's of another run, say: its "
-        "sizes, and its spread_share and spread_by where the recipe does not give them",
+        "sizes, and its spread_share, spread_by and max_text_tokens where the recipe does not give "
+        "them",
     )
     seed: int = Field(0, description="of everything that is drawn")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -147,7 +148,9 @@ class TrainRecipe(Section):
     )
     num_threads: Count | None = Field(None, description="torch's, on a CPU")
     max_text_tokens: Annotated[int, Field(ge=0, le=4096)] = Field(
-        128, description="text that the module reads, the last of the image's turn; as in serving"
+        128,
+        description="text that the module reads, the last of the image's turn; it records this, "
+        "and serving reads as much",
     )
     max_answer_tokens: Count = Field(256, description="answers are cut to this length")
     checkpoint_steps: Count = Field(50, description="steps between checkpoints")

@@ -13,6 +13,7 @@ FAMILIES = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl")
 QUESTIONS = ("what is red ?", "left or right ?", "what is red ?", "You are blue circle")
 PICTURES = [(64, 64, 1), (96, 48, 2)]
 KEEP_RATIO = 0.25
+MAX_TEXT_TOKENS = 4  # what the module records, and the engine reads unasked
 
 
 def choices(models: dict[str, str], ppms: dict[str, str]) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def _choices(model: str, family: str, ppm: str) -> dict[str, Any]:
         request = ask.prompt(family)
         images = request["multi_modal_data"]["image"]
         encoded = encode_prompt(lvlm, processor, request["prompt"], images=images)
-        items = visual_items(lvlm, encoded, KEEP_RATIO)
+        items = visual_items(lvlm, encoded, KEEP_RATIO, MAX_TEXT_TOKENS)
         by_twin.append([index.tolist() for index in selector.select(items)])
     return {"engine": by_engine, "twin": by_twin}
 
@@ -70,6 +71,7 @@ def by_family(
         config = PruningModuleConfig.for_hidden_size(
             64,
             num_heads=2,
+            max_text_tokens=MAX_TEXT_TOKENS,
             fingerprint=fingerprint(AutoConfig.from_pretrained(models[family])),
             trained_for="tiny",
         )

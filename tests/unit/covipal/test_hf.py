@@ -235,3 +235,23 @@ def test_other_families_are_refused() -> None:
 
     with pytest.raises(ValueError, match=r"one of llava, .*, got 'idefics3'"):
         hf.encode_prompt(Other, None, "")
+
+
+def test_a_pruning_module_reads_as_much_text_as_it_records() -> None:
+    """The last tokens of the question, as in training; other selectors read 128."""
+    model, encoded = _encoded("llava", "landscape")
+    read: list[int] = []
+
+    class Watching(PruningModule):
+        def score_items(self, visual: Any, text: Any) -> list[Tensor]:
+            read.extend(len(rows) for rows in text)
+            return super().score_items(visual, text)
+
+    for num_tokens in (0, 2):
+        config = PruningModuleConfig.for_hidden_size(
+            tiny_lvlm.WIDTH, num_heads=2, max_text_tokens=num_tokens
+        )
+        selector = build_selector("ppm", pruning_module=Watching(config).eval())
+        hf.prune_prompt(model, encoded, keep_ratio=0.5, selector=selector)
+    assert read == [0, 2]
+    assert len(encoded.text_ids[0]) > 2 and build_selector("cdpruner").max_text_tokens == 128

@@ -106,6 +106,7 @@ def test_the_default_width_follows_the_model(hidden_size: int, width: int) -> No
         ({"ffn_ratio": 0}, "ffn_ratio must be positive"),
         ({"spread_share": 1.0}, r"spread_share must be in \[0, 1\), got 1.0"),
         ({"spread_by": "chance"}, "spread_by must be even or diverse, got 'chance'"),
+        ({"max_text_tokens": -1}, "max_text_tokens must be at least 0, got -1"),
     ],
 )
 def test_impossible_sizes_are_refused(changes: dict[str, int], message: str) -> None:
@@ -129,14 +130,16 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert weights_digest(tmp_path / "one") != weights_digest(tmp_path / "two")
 
 
-def test_a_module_without_a_spread_share_has_none(tmp_path: Path) -> None:
-    """Folders written before there were its keys are read; any other that lacks is refused."""
-    save_pruning_module(_module(spread_share=0.5), tmp_path)
+def test_what_earlier_modules_do_not_record_is_known(tmp_path: Path) -> None:
+    """Folders written before there were those keys are read; any other that lacks is refused."""
+    save_pruning_module(_module(spread_share=0.5, max_text_tokens=7), tmp_path)
     path = tmp_path / "config.json"
     values = json.loads(path.read_text())
     assert (values.pop("spread_share"), values.pop("spread_by")) == (0.5, "even")
+    assert values.pop("max_text_tokens") == 7
     path.write_text(json.dumps(values))
-    assert (read_config(tmp_path).spread_share, read_config(tmp_path).spread_by) == (0, "even")
+    config = read_config(tmp_path)
+    assert (config.spread_share, config.spread_by, config.max_text_tokens) == (0, "even", 128)
     del values["fingerprint"]
     path.write_text(json.dumps(values))
     with pytest.raises(ValueError, match="missing keys \\['fingerprint'\\]"):

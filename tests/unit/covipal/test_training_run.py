@@ -293,6 +293,22 @@ def test_weights_of_unknown_types_are_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_the_module_records_how_much_text_it_was_trained_to_read(tmp_path: Path) -> None:
+    """The recipe's word; a start from another module keeps that one's where the recipe has none."""
+    short = {"stage1": {"num_steps": 1}, "stage2": {"num_steps": 0}}
+    _train("llava", _recipe(tmp_path / "one", max_text_tokens=3, **short))
+    assert load_pruning_module(tmp_path / "one").config.max_text_tokens == 3
+    start = short | {"init": str(tmp_path / "one")}
+    _train("llava", _recipe(tmp_path / "two", **start))
+    assert load_pruning_module(tmp_path / "two").config.max_text_tokens == 3
+    # And reads as much: the first step's loss is the same.
+    _train("llava", _recipe(tmp_path / "three", max_text_tokens=3, **start))
+    _train("llava", _recipe(tmp_path / "four", max_text_tokens=128, **start))
+    assert load_pruning_module(tmp_path / "four").config.max_text_tokens == 128
+    losses = [_curve(tmp_path / n / "stage1.csv")[0]["loss"] for n in ("two", "three", "four")]
+    assert losses[0] == losses[1] != losses[2]
+
+
 def test_a_start_from_another_module_takes_the_recipe_s_dials(tmp_path: Path) -> None:
     """What no training depends on is changed; a size that it does not have is refused."""
     first = _recipe(tmp_path / "one", module={"width": 64, "num_blocks": 1})

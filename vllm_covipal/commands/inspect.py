@@ -4,8 +4,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from vllm_covipal.pictures import read_picture
 from vllm_covipal.selectors import SELECTOR_NAMES, build_selector
 
 
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the picture. Returns the exit code."""
-    image = _read_image(args.image)
+    image = read_picture(args.image)
     _check_out(args.out)
     names = args.selector or [n for n in SELECTOR_NAMES if n != "ppm" or args.ppm]
     # transformers loads for seconds: what is wrong above is said before.
@@ -51,14 +52,6 @@ def run(args: argparse.Namespace) -> int:
     sheet.save(args.out)
     print(f"{args.out}: {', '.join(names)} at {', '.join(f'{r:g}' for r in args.keep_ratio)}")
     return 0
-
-
-def _read_image(path: str) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise ValueError(f"cannot read the image {path} ({error})") from None
 
 
 def _check_out(path: str) -> None:

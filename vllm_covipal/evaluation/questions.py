@@ -63,9 +63,10 @@ def file_questions(path: str, images: str, num_questions: int | None = None) -> 
     """The first ``num_questions`` of a file; pictures are read when they are needed.
 
     Raises:
-        ValueError: as ``training.data.FileSource``, or if no sample has one picture.
+        ValueError: as ``training.file_source.FileSource``, or if no sample has one picture.
     """
-    from vllm_covipal.training.data import PLACEHOLDER, FileSource
+    from vllm_covipal.training.file_source import FileSource
+    from vllm_covipal.training.samples import PLACEHOLDER
 
     source = FileSource(path, images)
     questions: list[Question] = []

@@ -16,7 +16,7 @@ from torch import Tensor
 from vllm_covipal import hf
 from vllm_covipal.core.text_context import special_ids, text_context, turn_end_sequences
 from vllm_covipal.hf_families import EncodedItem
-from vllm_covipal.training.data import PLACEHOLDER, Sample, Turn
+from vllm_covipal.training.samples import PLACEHOLDER, Sample, Turn
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,10 +27,11 @@ from vllm_covipal.core.pruner_files import load_pruning_module, save_pruning_mod
 from vllm_covipal.training import checkpoint, stages
 from vllm_covipal.training.checkpoint import Progress
 from vllm_covipal.training.curves import Curve
-from vllm_covipal.training.data import Sample, Source, Turn, draw_indices, draw_turns
+from vllm_covipal.training.data import draw_indices, draw_turns
 from vllm_covipal.training.encode import Encoder
 from vllm_covipal.training.lvlm import decoder, default_guide_layer
 from vllm_covipal.training.recipe import StageRecipe, TrainRecipe
+from vllm_covipal.training.samples import Sample, Source, Turn
 
 NUM_READERS = 2
 WITHOUT_WEIGHTS = {"spread_share", "spread_by"}

@@ -9,7 +9,9 @@ import pytest
 
 import tiny_lvlm
 from vllm_covipal.evaluation import shapes
-from vllm_covipal.training.data import FileSource, ShapesSource, Turn, draw_indices, draw_turns
+from vllm_covipal.training.data import ShapesSource, draw_indices, draw_turns
+from vllm_covipal.training.file_source import FileSource
+from vllm_covipal.training.samples import Turn
 
 GOOD: list[dict[str, Any]] = [
     {
@@ -95,8 +97,65 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
             FileSource(_write(tmp_path, GOOD[1:2], as_list=as_list), ".")
         with pytest.raises(ValueError, match=r"(line 1|sample 0): expected a JSON object"):
             FileSource(_write(tmp_path, ["text"], as_list=as_list), ".")
-    source = FileSource(_write(tmp_path, [GOOD[0] | {"image": "gone.png"}]), str(tmp_path))
-    with pytest.raises(ValueError, match=r"cannot read the image .*gone\.png"):
+    broken.write_bytes(b'{"image": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"broken\.jsonl, line 1: not valid JSON"):
+        FileSource(str(broken), ".")
+    broken.write_bytes(b'[{"image": "a.png"},\n{"image')
+    with pytest.raises(ValueError, match=r"broken\.jsonl: not valid JSON"):
+        FileSource(str(broken), ".")
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_a_picture_that_cannot_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_list: bool
+) -> None:
+    """With file, line and reason: when it is drawn, or when pictures are looked through before."""
+    samples = [*GOOD, GOOD[0] | {"image": "gone.png"}, GOOD[2] | {"image": ["one.png", "cut.png"]}]
+    path = _write(tmp_path, samples, as_list=as_list)
+    (tmp_path / "cut.png").write_bytes((tmp_path / "one.png").read_bytes()[:70])
+    source = FileSource(path, str(tmp_path))
+    lines = ["sample 3", "sample 4"] if as_list else ["line 4", "line 5"]
+    for index, line, name in zip((2, 3), lines, ("gone", "cut"), strict=True):
+        with pytest.raises(ValueError, match=rf"{line}: cannot read the image .*{name}\.png"):
+            source[index]
+    by_header = list(source.unreadable([0, 1, 2, 3, 2], whole=False))
+    assert len(by_header) == 1 and f"{lines[0]}: cannot read" in by_header[0]
+    assert not list(source.unreadable([0, 1], whole=True))
+    whole = list(source.unreadable(range(4), whole=True))
+    assert [line in said for line, said in zip(lines, whole, strict=True)] == [True, True]
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 50)
+    with pytest.raises(ValueError, match=rf"{path}, .*exceeds limit"):
+        source[0]
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_the_digest_is_of_the_contents(tmp_path: Path, as_list: bool) -> None:
+    """The same for a copy elsewhere; another for one letter, and for an edit of no sample."""
+    path = Path(_write(tmp_path, GOOD, as_list=as_list))
+    digest = FileSource(str(path), str(tmp_path)).digest
+    copy = tmp_path / "copy.json"
+    copy.write_bytes(path.read_bytes())
+    assert FileSource(str(copy), str(tmp_path)).digest == digest
+    for old, new in ((b"This.", b"Thus."), (b'"text"', b'"texts"')):
+        copy.write_bytes(path.read_bytes().replace(old, new))
+        assert FileSource(str(copy), str(tmp_path)).digest != digest
+    assert ShapesSource().digest == ""
+
+
+def test_a_mark_of_byte_order_is_no_part_of_the_data(tmp_path: Path) -> None:
+    """Editors on Windows write one; a list may begin after blank lines."""
+    for as_list in (False, True):
+        path = Path(_write(tmp_path, GOOD, as_list=as_list))
+        path.write_bytes(b"\xef\xbb\xbf" + b"\n" * as_list + path.read_bytes())
+        assert len(FileSource(str(path), str(tmp_path))) == 2
+
+
+def test_a_file_that_changes_under_a_run_is_named(tmp_path: Path) -> None:
+    """Lines are found by their place, which another file does not keep."""
+    path = Path(_write(tmp_path, GOOD))
+    source = FileSource(str(path), str(tmp_path))
+    path.write_text("\n" * 20 + path.read_text(encoding="utf-8"), encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"{path}, line 1: "):
         source[0]
 
 

@@ -12,9 +12,9 @@ from vllm_covipal.core.soft_mask import DROPPED, RETENTION_FLOOR, retention_bias
 from vllm_covipal.selectors import build_selector
 from vllm_covipal.training import lvlm
 from vllm_covipal.training.batches import Batch, make_batch, without_tokens
-from vllm_covipal.training.data import Sample, Turn
 from vllm_covipal.training.encode import EncodedSample, Encoder, chat_prompt
 from vllm_covipal.training.recipe import Stage1Recipe, Stage2Recipe
+from vllm_covipal.training.samples import Sample, Turn
 from vllm_covipal.training.stages import guide_labels, score_batch, stage2_positions
 
 TURNS = (

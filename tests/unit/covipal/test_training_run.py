@@ -14,8 +14,8 @@ from vllm_covipal import cli
 from vllm_covipal.core.fingerprint import fingerprint
 from vllm_covipal.core.pruner_files import load_pruning_module
 from vllm_covipal.training import loop
-from vllm_covipal.training.data import Sample, Turn
 from vllm_covipal.training.recipe import TrainRecipe, leaves, load_recipe
+from vllm_covipal.training.samples import Sample, Source, Turn
 
 ROOT = Path(__file__).parents[3]
 RECIPES = sorted((ROOT / "configs" / "covipal").glob("train_*.yaml"))
@@ -23,7 +23,7 @@ SHAPES = ROOT / "configs" / "covipal" / "train_shapes.yaml"
 STEPS = 4
 
 
-class Pictures:
+class Pictures(Source):
     """Twelve random pictures, two questions about each."""
 
     types = ("",)

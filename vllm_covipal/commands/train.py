@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from vllm_covipal.training.recipe import leaves, load_recipe
+from vllm_covipal.training.recipe import TrainRecipe, leaves, load_recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,6 +12,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="recipe (YAML)")
     parser.add_argument(
         "--restart", action="store_true", help="drop the checkpoints that are in the folder"
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="read every sample and its pictures through, say what cannot be read, and train not",
     )
     dials = parser.add_argument_group("in place of the recipe's")
     for name, text in leaves().items():
@@ -34,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
     from vllm_covipal.training.lvlm import load_lvlm
 
     source = open_source(recipe.data)
+    if args.check:
+        return _check(recipe, source)
     if recipe.num_threads:
         torch.set_num_threads(recipe.num_threads)
     accelerator = make_accelerator(recipe)
@@ -53,6 +60,27 @@ def run(args: argparse.Namespace) -> int:
         print(
             f"{recipe.out}: config.json, model.safetensors, provenance.json, stage1.csv, stage2.csv"
         )
+    return 0
+
+
+def _check(recipe: TrainRecipe, source: Any) -> int:
+    """Say what is wrong with the data. Returns the exit code.
+
+    Raises:
+        ValueError: if a picture cannot be read.
+    """
+    from vllm_covipal.training.checks import check_types
+
+    check_types(recipe, source)
+    num_unreadable = 0
+    for line in source.unreadable(range(len(source)), whole=True):
+        print(line, flush=True)
+        num_unreadable += 1
+    if num_unreadable:
+        raise ValueError(f"{num_unreadable} picture{'s' * (num_unreadable > 1)} cannot be read")
+    path = recipe.data.path
+    read = f"{len(source)} samples, every picture can be read"
+    print(f"{path}: {read}" if path else f"{recipe.data.kind}: pictures are generated")
     return 0
 
 

@@ -3,7 +3,7 @@
     OUT/checkpoints/stage1-000100/
         config.json, model.safetensors    the module, as serving loads it
         optimizer.pt                      the optimizer's state
-        state.json                        stage, steps done, digest of the recipe
+        state.json                        stage, steps done, digests of recipe and data
         provenance.json                   what made it
 
 Everything that a step draws comes from the seed, the stage, the step and the process, so no state
@@ -37,12 +37,14 @@ class Progress:
         step: steps done of that stage.
         digest: of the recipe up to this stage, without what changes no number.
         num_processes: each draws samples of its own.
+        data_digest: of the samples' file; empty where there is none, and in older checkpoints.
     """
 
     stage: int
     step: int
     digest: str
     num_processes: int
+    data_digest: str = ""
 
     @property
     def name(self) -> str:
@@ -81,19 +83,32 @@ def save_checkpoint(
         shutil.rmtree(old)
 
 
-def last_progress(out: Path, recipe: TrainRecipe, num_processes: int) -> Progress | None:
+def last_progress(
+    out: Path, recipe: TrainRecipe, num_processes: int, data_digest: str
+) -> Progress | None:
     """Where the run in this folder is; None if it has no checkpoint.
 
     Raises:
-        ValueError: if the checkpoint is of another recipe or number of processes.
+        ValueError: if the checkpoint is of another recipe, other data or another number of
+            processes, or cannot be read.
     """
     folders = _folders(out)
     if not folders:
         return None
-    state = json.loads((folders[-1] / "state.json").read_text(encoding="utf-8"))
-    progress = Progress(**state)
+    try:
+        state = json.loads((folders[-1] / "state.json").read_text(encoding="utf-8"))
+        progress = Progress(**state)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{folders[-1]} is no whole checkpoint ({error}): remove it, or --restart"
+        ) from None
     if progress.digest != recipe_digest(recipe, progress.stage):
         raise ValueError(f"{folders[-1]} is of another recipe: give another out, or --restart")
+    if progress.data_digest not in ("", data_digest):
+        raise ValueError(
+            f"{folders[-1]} is of other data: {recipe.data.path} has changed since; put the "
+            "former file back, give another out, or --restart"
+        )
     if progress.num_processes != num_processes:
         raise ValueError(
             f"{folders[-1]} is of a run of {progress.num_processes} processes, this one has "

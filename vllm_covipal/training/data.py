@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from vllm_covipal.evaluation import scenes, shapes
 from vllm_covipal.training.file_source import FileSource
-from vllm_covipal.training.recipe import DataRecipe
+from vllm_covipal.training.recipe import DataRecipe, TrainRecipe
 from vllm_covipal.training.samples import PLACEHOLDER, Sample, Source, Turn
 
 NUM_SCENES = 2**40
@@ -62,6 +62,22 @@ def draw_turns(
     keys = [rng.random() ** (1 / weights.get(turn.type, 1.0)) for turn in turns]
     order = sorted(range(len(turns)), key=keys.__getitem__, reverse=True)
     return [turns[i] for i in order[:num_drawn]]
+
+
+def drawn_samples(
+    recipe: TrainRecipe,
+    stage: int,
+    step: int,
+    num_samples: int,
+    *,
+    process_index: int,
+    num_processes: int,
+) -> list[int]:
+    """Samples of a step that one process takes."""
+    pictures = (recipe.stage1 if stage == 1 else recipe.stage2).pictures
+    seed = f"{recipe.seed} {stage} samples"
+    indices = draw_indices(num_samples, step, pictures * num_processes, seed=seed)
+    return indices[process_index::num_processes]
 
 
 def draw_indices(num_samples: int, step: int, num_drawn: int, *, seed: str) -> list[int]:

@@ -26,8 +26,9 @@ from vllm_covipal.core.pruner import PruningModule, PruningModuleConfig
 from vllm_covipal.core.pruner_files import load_pruning_module, save_pruning_module
 from vllm_covipal.training import checkpoint, stages
 from vllm_covipal.training.checkpoint import Progress
+from vllm_covipal.training.checks import check_pictures, check_types
 from vllm_covipal.training.curves import Curve
-from vllm_covipal.training.data import draw_indices, draw_turns
+from vllm_covipal.training.data import draw_turns, drawn_samples
 from vllm_covipal.training.encode import Encoder
 from vllm_covipal.training.lvlm import decoder, default_guide_layer
 from vllm_covipal.training.recipe import StageRecipe, TrainRecipe
@@ -100,14 +101,14 @@ def train(
     started, started_on_cpu = time.perf_counter(), time.process_time()
     out = Path(recipe.out)
     guide_layer = _guide_layer(recipe, model)
-    _check_types(recipe, source)
+    check_types(recipe, source)
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
         if restart:
             shutil.rmtree(out / checkpoint.FOLDER, ignore_errors=True)
     accelerator.wait_for_everyone()
     model.to(accelerator.device)
-    progress = checkpoint.last_progress(out, recipe, accelerator.num_processes)
+    progress = checkpoint.last_progress(out, recipe, accelerator.num_processes, source.digest)
     module = _new_module(recipe, model, model_name)
     if progress:
         checkpoint.load_module(out, progress, module)
@@ -119,8 +120,16 @@ def train(
     )
     made_by = provenance() | {"command": " ".join(["vllm-covipal", *sys.argv[1:]])}
     made_by["recipe"] = recipe.model_dump(mode="json", exclude={"out"})
+    made_by["data_digest"] = source.digest
     made_by["num_processes"] = accelerator.num_processes
     run = Run(recipe, model, encoder, source, accelerator, out, guide_layer, made_by)
+    check_pictures(
+        recipe,
+        source,
+        progress,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+    )
     for stage in (1, 2):
         if progress and progress.stage > stage:
             continue
@@ -144,17 +153,6 @@ def _guide_layer(recipe: TrainRecipe, model: Any) -> int:
     if given is not None and given >= num_layers:
         raise ValueError(f"stage1.guide_layer must be in [0, {num_layers}), got {given}")
     return default_guide_layer(model) if given is None else given
-
-
-def _check_types(recipe: TrainRecipe, source: Source) -> None:
-    for name, stage in (("stage1", recipe.stage1), ("stage2", recipe.stage2)):
-        unknown = sorted(set(stage.type_weights) - set(source.types))
-        if unknown:
-            known = ", ".join(sorted(source.types)) or "no types"
-            raise ValueError(
-                f"{name}.type_weights: no sample is of type {unknown[0]!r}; the data have {known} "
-                f"(for none: --{name}.type_weights {{}})"
-            )
 
 
 def _new_module(recipe: TrainRecipe, model: Any, model_name: str) -> PruningModule:
@@ -230,7 +228,9 @@ def _run_stage(
             at_end = done == recipe.num_steps
             if done % run.recipe.checkpoint_steps == 0 or at_end:
                 if accelerator.is_main_process:
-                    here = Progress(stage, done, digest, accelerator.num_processes)
+                    here = Progress(
+                        stage, done, digest, accelerator.num_processes, run.source.digest
+                    )
                     bare = accelerator.unwrap_model(wrapped)
                     # Before the checkpoint: a run that goes on from it takes no step of stage 1.
                     if at_end and stage == 1:
@@ -294,13 +294,17 @@ class _Reader:
         return [future.result() for future in ready]
 
     def _start(self, step: int) -> list[Future[tuple[Sample, list[Turn]]]]:
-        run, count = self._run, self._recipe.pictures
+        run = self._run
         if step >= self._recipe.num_steps:
             return []
-        processes = run.accelerator.num_processes
-        seed = f"{run.recipe.seed} {self._stage} samples"
-        indices = draw_indices(len(run.source), step, count * processes, seed=seed)
-        own = indices[run.accelerator.process_index :: processes]
+        own = drawn_samples(
+            run.recipe,
+            self._stage,
+            step,
+            len(run.source),
+            process_index=run.accelerator.process_index,
+            num_processes=run.accelerator.num_processes,
+        )
         rng = random.Random(_seed(run, self._stage, step, "questions"))
         return [self._pool.submit(self._read, index, rng.getrandbits(60)) for index in own]
 

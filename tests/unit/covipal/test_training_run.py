@@ -61,7 +61,8 @@ def _recipe(out: Path, **changes: Any) -> TrainRecipe:
 def _train(family: str, recipe: TrainRecipe, **options: Any) -> Any:
     model, processor = _pair(family)
     accelerator = loop.make_accelerator(recipe)
-    return loop.train(recipe, model, processor, Pictures(), accelerator, **options)
+    source = options.pop("source", None) or Pictures()
+    return loop.train(recipe, model, processor, source, accelerator, **options)
 
 
 def _curve(path: Path) -> list[dict[str, str]]:
@@ -190,6 +191,46 @@ def test_a_folder_of_another_recipe_is_refused(tmp_path: Path) -> None:
     _train("llava", _recipe(tmp_path, seed=5), restart=True)
 
 
+def test_edited_data_are_noticed(tmp_path: Path) -> None:
+    """A run goes on from data of the same contents alone, wherever they lie."""
+
+    class Edited(Pictures):
+        digest = "b"
+
+    pictures = Pictures()
+    pictures.digest = "a"
+    _train("llava", _recipe(tmp_path, stage2={"num_steps": 0}), source=pictures)
+    with pytest.raises(ValueError, match=r"of other data: .*has changed.*--restart"):
+        _train("llava", _recipe(tmp_path), source=Edited())
+    _train("llava", _recipe(tmp_path), source=pictures)
+    _train("llava", _recipe(tmp_path), source=Edited(), restart=True)
+    made_by = json.loads((tmp_path / "provenance.json").read_text(encoding="utf-8"))
+    assert made_by["data_digest"] == "b"
+
+
+def test_unreadable_pictures_are_found_before_the_first_step(tmp_path: Path) -> None:
+    """Those of the steps that are left, once each, all counted in one line."""
+
+    class Unreadable(Pictures):
+        asked: list[int] = []  # noqa: RUF012
+
+        def unreadable(self, indices: Any, *, whole: bool) -> Any:
+            assert not whole
+            self.asked[:] = indices
+            return iter(["line 3: no", "line 7: no"] if self.broken else [])
+
+    source, steps = Unreadable(), []
+    source.broken = True
+    recipe = _recipe(tmp_path)
+    with pytest.raises(ValueError, match=r"^line 3: no; and 1 more picture .*--check"):
+        _train("llava", recipe, source=source, report=lambda *step: steps.append(step))
+    assert not steps and len(source.asked) == 2 * STEPS * 2
+    source.broken = False
+    _train("llava", recipe, source=source)
+    _train("llava", recipe, source=source)
+    assert not source.asked, "nothing is left to draw"
+
+
 def test_another_stage_2_follows_a_stage_1_that_is_done(tmp_path: Path) -> None:
     """Without taking it again; the curves are those of one run."""
     _train("llava", _recipe(tmp_path / "a", stage2={"num_steps": 0}))
@@ -266,6 +307,27 @@ def test_the_command_trains_from_a_file(tmp_path: Path, capsys: Any) -> None:
     made_by = json.loads((out / "provenance.json").read_text(encoding="utf-8"))
     assert made_by["recipe"]["data"]["kind"] == "jsonl"
     assert "stage 2 1/1" in capsys.readouterr().out
+
+
+def test_the_command_checks_every_picture(tmp_path: Path, capsys: Any) -> None:
+    """Without a model and without a step: a line for each that cannot be read, exit code 2."""
+    samples = tiny_lvlm.write_samples(tmp_path, 3)
+    arguments = ["train", "--config", str(SHAPES), "--out", str(tmp_path / "out"), "--check"]
+    arguments += ["--data.kind", "jsonl", "--data.path", str(samples), "--model", "nowhere"]
+    arguments += ["--data.images", str(tmp_path), "--stage2.type_weights", "{}"]
+    assert cli.main(arguments) == 0
+    assert "3 samples, every picture can be read" in capsys.readouterr().out
+    whole = (tmp_path / "1.png").read_bytes()
+    (tmp_path / "1.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "2.png").unlink()
+    assert cli.main(arguments) == 2
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    assert "line 2: cannot read the image" in lines[0] and "line 3: cannot" in lines[1]
+    assert "2 pictures cannot be read" in said.err and said.err.count("\n") == 1
+    assert cli.main([*arguments, "--stage2.type_weights", "{chart: 2}"]) == 2
+    assert "no sample is of type 'chart'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_wrong_with_a_run_is_one_line(tmp_path: Path, capsys: Any) -> None:

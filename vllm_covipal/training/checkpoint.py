@@ -3,6 +3,7 @@
     OUT/checkpoints/stage1-000100/
         config.json, model.safetensors    the module, as serving loads it
         optimizer.pt                      the optimizer's state
+        scaler.pt                         the gradient scaler's, with fp16
         state.json                        stage, steps done, digests of recipe and data
         provenance.json                   what made it
 
@@ -13,11 +14,14 @@ of a generator is needed beside these.
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from vllm_covipal.core.pruner import PruningModule
@@ -67,20 +71,28 @@ def save_checkpoint(
     progress: Progress,
     module: PruningModule,
     optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
     provenance: dict[str, Any],
 ) -> None:
-    """Write a checkpoint, then drop the oldest. A kill leaves the earlier ones."""
+    """Write a checkpoint, then drop the oldest. A kill leaves the earlier ones.
+
+    Raises:
+        RuntimeError: if the disk does not take it.
+    """
     folder = out / FOLDER
     partial, final = folder / "partial", folder / progress.name
     shutil.rmtree(partial, ignore_errors=True)
-    save_pruning_module(module, partial)
-    torch.save(optimizer.state_dict(), partial / "optimizer.pt")
-    write_json(partial / "state.json", asdict(progress))
-    write_json(partial / "provenance.json", provenance)
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    for old in _folders(out)[:-NUM_KEPT]:
-        shutil.rmtree(old)
+    with writing(final):
+        save_pruning_module(module, partial)
+        torch.save(optimizer.state_dict(), partial / "optimizer.pt")
+        if scaler is not None:
+            torch.save(scaler.state_dict(), partial / "scaler.pt")
+        write_json(partial / "state.json", asdict(progress))
+        write_json(partial / "provenance.json", provenance)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        for old in _folders(out)[:-NUM_KEPT]:
+            shutil.rmtree(old)
 
 
 def last_progress(
@@ -95,13 +107,9 @@ def last_progress(
     folders = _folders(out)
     if not folders:
         return None
-    try:
+    with _whole(folders[-1]):
         state = json.loads((folders[-1] / "state.json").read_text(encoding="utf-8"))
         progress = Progress(**state)
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"{folders[-1]} is no whole checkpoint ({error}): remove it, or --restart"
-        ) from None
     if progress.digest != recipe_digest(recipe, progress.stage):
         raise ValueError(f"{folders[-1]} is of another recipe: give another out, or --restart")
     if progress.data_digest not in ("", data_digest):
@@ -118,14 +126,61 @@ def last_progress(
 
 
 def load_module(out: Path, progress: Progress, module: PruningModule) -> None:
-    """Weights of the checkpoint into ``module``."""
-    module.load_state_dict(load_file(out / FOLDER / progress.name / WEIGHTS_NAME))
+    """Weights of the checkpoint into ``module``.
+
+    Raises:
+        ValueError: if they cannot be read.
+    """
+    folder = out / FOLDER / progress.name
+    with _whole(folder):
+        module.load_state_dict(load_file(folder / WEIGHTS_NAME))
 
 
-def load_optimizer(out: Path, progress: Progress, optimizer: torch.optim.Optimizer) -> None:
-    """State of the checkpoint's optimizer."""
-    path = out / FOLDER / progress.name / "optimizer.pt"
-    optimizer.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+def load_optimizer(
+    out: Path,
+    progress: Progress,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
+) -> None:
+    """State of the checkpoint's optimizer, and of its gradient scaler where there is one.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    folder = out / FOLDER / progress.name
+    with _whole(folder):
+        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(state)
+        if scaler is not None and (folder / "scaler.pt").exists():  # earlier runs wrote none
+            scaler.load_state_dict(torch.load(folder / "scaler.pt", weights_only=True))
+
+
+@contextmanager
+def writing(what: Path) -> Iterator[None]:
+    """What a disk raises, as one line.
+
+    Raises:
+        RuntimeError: naming what could not be written.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's of a full disk: Runtime
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise RuntimeError(
+            f"cannot write {what} ({reason}); the checkpoint before it is whole: the same command "
+            "goes on from there"
+        ) from error
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of torch's, safetensors' or json's, as the file is broken
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{folder} is no whole checkpoint ({reason}): remove it, or --restart"
+        ) from None
 
 
 def write_json(path: Path, values: Any) -> None:

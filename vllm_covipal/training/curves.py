@@ -14,15 +14,18 @@ class Curve:
         if path.exists():
             with path.open(newline="", encoding="utf-8") as file:
                 rows = list(csv.DictReader(file))
-            kept = [row for row in rows if int(row["step"]) < first_step]
+            # A row that a full disk cut short has no values at its end.
+            kept = [r for r in rows if None not in r.values() and int(r["step"]) < first_step]
             self._fields = list(rows[0]) if rows else []
-            with path.open("w", newline="", encoding="utf-8") as file:
+            partial = path.with_suffix(".partial")
+            with partial.open("w", newline="", encoding="utf-8") as file:
                 if kept:
                     writer = csv.DictWriter(file, self._fields)
                     writer.writeheader()
                     writer.writerows(kept)
                 else:
                     self._fields = []
+            partial.replace(path)
 
     def append(self, step: int, values: dict[str, float]) -> None:
         """One row, on disk when this returns."""

@@ -12,8 +12,9 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,9 @@ from vllm_covipal.training.checkpoint import Progress
 from vllm_covipal.training.checks import check_pictures, check_types
 from vllm_covipal.training.curves import Curve
 from vllm_covipal.training.data import draw_turns, drawn_samples
+from vllm_covipal.training.divergence import DivergenceCheck
 from vllm_covipal.training.encode import Encoder
+from vllm_covipal.training.folder_lock import alone_in
 from vllm_covipal.training.lvlm import decoder, default_guide_layer
 from vllm_covipal.training.recipe import StageRecipe, TrainRecipe
 from vllm_covipal.training.samples import Sample, Source, Turn
@@ -98,53 +101,66 @@ def train(
     Raises:
         ValueError: if the folder holds another run, or a dial does not fit the model.
     """
-    started, started_on_cpu = time.perf_counter(), time.process_time()
     out = Path(recipe.out)
     guide_layer = _guide_layer(recipe, model)
     check_types(recipe, source)
-    if accelerator.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
-        if restart:
-            shutil.rmtree(out / checkpoint.FOLDER, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    model.to(accelerator.device)
-    progress = checkpoint.last_progress(out, recipe, accelerator.num_processes, source.digest)
-    module = _new_module(recipe, model, model_name)
-    if progress:
-        checkpoint.load_module(out, progress, module)
-    encoder = Encoder(
-        model,
-        processor,
-        max_text_tokens=module.config.max_text_tokens,
-        max_answer_tokens=recipe.max_answer_tokens,
-    )
-    made_by = provenance() | {"command": " ".join(["vllm-covipal", *sys.argv[1:]])}
-    made_by["recipe"] = recipe.model_dump(mode="json", exclude={"out"})
-    made_by["data_digest"] = source.digest
-    made_by["num_processes"] = accelerator.num_processes
-    run = Run(recipe, model, encoder, source, accelerator, out, guide_layer, made_by)
-    check_pictures(
-        recipe,
-        source,
-        progress,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-    )
-    for stage in (1, 2):
-        if progress and progress.stage > stage:
-            continue
-        resumed = progress if progress and progress.stage == stage else None
-        _run_stage(run, module, stage, resumed, report)
-    if accelerator.is_main_process:
-        save_pruning_module(module, out)
-        seconds = {
-            "clock": round(time.perf_counter() - started, 1),
-            "processor": round(time.process_time() - started_on_cpu, 1),
-            "goes_on_from": asdict(progress) if progress else None,
-        }
-        checkpoint.write_json(out / "provenance.json", made_by | {"seconds": seconds})
-    accelerator.wait_for_everyone()
-    return module
+    with _own_folder(out, accelerator, restart=restart):
+        started, started_on_cpu = time.perf_counter(), time.process_time()
+        model.to(accelerator.device)
+        progress = checkpoint.last_progress(out, recipe, accelerator.num_processes, source.digest)
+        module = _new_module(recipe, model, model_name)
+        if progress:
+            checkpoint.load_module(out, progress, module)
+        encoder = Encoder(
+            model,
+            processor,
+            max_text_tokens=module.config.max_text_tokens,
+            max_answer_tokens=recipe.max_answer_tokens,
+        )
+        made_by = provenance() | {"command": " ".join(["vllm-covipal", *sys.argv[1:]])}
+        made_by["recipe"] = recipe.model_dump(mode="json", exclude={"out"})
+        made_by["data_digest"] = source.digest
+        made_by["num_processes"] = accelerator.num_processes
+        run = Run(recipe, model, encoder, source, accelerator, out, guide_layer, made_by)
+        check_pictures(
+            recipe,
+            source,
+            progress,
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+        )
+        for stage in (1, 2):
+            if progress and progress.stage > stage:
+                continue
+            resumed = progress if progress and progress.stage == stage else None
+            _run_stage(run, module, stage, resumed, report)
+        if accelerator.is_main_process:
+            seconds = {
+                "clock": round(time.perf_counter() - started, 1),
+                "processor": round(time.process_time() - started_on_cpu, 1),
+                "goes_on_from": asdict(progress) if progress else None,
+            }
+            with checkpoint.writing(out):
+                save_pruning_module(module, out)
+                checkpoint.write_json(out / "provenance.json", made_by | {"seconds": seconds})
+        accelerator.wait_for_everyone()
+        return module
+
+
+@contextmanager
+def _own_folder(out: Path, accelerator: Any, *, restart: bool) -> Iterator[None]:
+    """The run's folder, made and held by the main process, on every process once that is done."""
+    with ExitStack() as held:
+        if accelerator.is_main_process:
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ValueError(f"out={out}: cannot make the folder ({error.strerror})") from None
+            held.enter_context(alone_in(out))
+            if restart:
+                shutil.rmtree(out / checkpoint.FOLDER, ignore_errors=True)
+        accelerator.wait_for_everyone()
+        yield
 
 
 def _guide_layer(recipe: TrainRecipe, model: Any) -> int:
@@ -208,10 +224,11 @@ def _run_stage(
     first = 0
     if resumed:
         first = resumed.step
-        checkpoint.load_optimizer(run.out, resumed, optimizer)
+        checkpoint.load_optimizer(run.out, resumed, optimizer, accelerator.scaler)
     _set_recomputation(run, stage)
     curve = Curve(run.out / f"stage{stage}.csv", first) if accelerator.is_main_process else None
     digest = checkpoint.recipe_digest(run.recipe, stage)
+    watch = DivergenceCheck(stage, has_scaler=accelerator.scaler is not None)
     with _Reader(run, stage, recipe, first) as reader:
         for step in range(first, recipe.num_steps):
             for group in optimizer.param_groups:
@@ -219,7 +236,8 @@ def _run_stage(
             outcome = _step(run, wrapped, stage, recipe, step, reader.take(step))
             optimizer.zero_grad()
             accelerator.backward(outcome.loss)
-            accelerator.clip_grad_norm_(wrapped.parameters(), recipe.max_grad_norm)
+            norm = accelerator.clip_grad_norm_(wrapped.parameters(), recipe.max_grad_norm)
+            watch.look(step, outcome.loss, norm)
             optimizer.step()
             done = step + 1
             shown = _over_processes(accelerator, outcome)
@@ -234,16 +252,22 @@ def _run_stage(
                     bare = accelerator.unwrap_model(wrapped)
                     # Before the checkpoint: a run that goes on from it takes no step of stage 1.
                     if at_end and stage == 1:
-                        save_pruning_module(bare, run.out / "stage1")
-                        checkpoint.write_json(
-                            run.out / "stage1" / "provenance.json",
-                            run.made_by | {"progress": asdict(here)},
-                        )
-                    checkpoint.save_checkpoint(run.out, here, bare, optimizer, run.made_by)
+                        _save_stage_1(run, here, bare)
+                    checkpoint.save_checkpoint(
+                        run.out, here, bare, optimizer, accelerator.scaler, run.made_by
+                    )
                 accelerator.wait_for_everyone()
             if report and accelerator.is_main_process:
                 report(stage, done, recipe.num_steps, shown)
     accelerator.free_memory()
+
+
+def _save_stage_1(run: Run, progress: Progress, module: PruningModule) -> None:
+    folder = run.out / "stage1"
+    with checkpoint.writing(folder):
+        save_pruning_module(module, folder)
+        made_by = run.made_by | {"progress": asdict(progress)}
+        checkpoint.write_json(folder / "provenance.json", made_by)
 
 
 def _step(
@@ -315,11 +339,12 @@ class _Reader:
 
 
 def learning_rate(recipe: StageRecipe, step: int) -> float:
-    """Linear rise, then a cosine down to the final rate."""
+    """Linear rise, then a cosine down to the final rate at the last step."""
     if step < recipe.warmup_steps:
         return recipe.learning_rate * (step + 1) / recipe.warmup_steps
-    span = max(1, recipe.num_steps - recipe.warmup_steps)
-    share = 0.5 + 0.5 * math.cos(math.pi * (step - recipe.warmup_steps) / span)
+    highest = max(0, recipe.warmup_steps - 1)
+    span = max(1, recipe.num_steps - 1 - highest)
+    share = 0.5 + 0.5 * math.cos(math.pi * (step - highest) / span)
     return recipe.final_learning_rate + share * (recipe.learning_rate - recipe.final_learning_rate)
 
 

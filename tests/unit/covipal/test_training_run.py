@@ -1,7 +1,10 @@
 """Training runs on tiny random models: every family, killed and resumed, and what they leave."""
 
 import csv
+import dataclasses
+import errno
 import json
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from vllm_covipal import cli
 from vllm_covipal.core.fingerprint import fingerprint
 from vllm_covipal.core.pruner_files import load_pruning_module
 from vllm_covipal.training import loop
-from vllm_covipal.training.recipe import TrainRecipe, leaves, load_recipe
+from vllm_covipal.training.recipe import StageRecipe, TrainRecipe, leaves, load_recipe
 from vllm_covipal.training.samples import Sample, Source, Turn
 
 ROOT = Path(__file__).parents[3]
@@ -145,6 +148,27 @@ def test_a_killed_run_goes_on_as_it_would_have(tmp_path: Path, kill_at: tuple[in
         assert torch.equal(weight, resumed.state_dict()[name]), name
 
 
+def test_a_gradient_scaler_goes_on_as_it_would_have(tmp_path: Path) -> None:
+    """Its scale, and the steps since it last grew, are in the checkpoint (fp16)."""
+
+    def scaled(name: str, **options: Any) -> Any:
+        recipe = _recipe(tmp_path / name)
+        accelerator = loop.make_accelerator(recipe)
+        # As accelerate's of fp16, which it has on a GPU alone.
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=3)
+        loop.train(recipe, *_pair("llava"), Pictures(), accelerator, **options)
+        return accelerator.scaler.state_dict()
+
+    def kill(stage: int, done: int, total: int, shown: dict[str, float]) -> None:
+        if (stage, done) == (2, 2):
+            raise Killed
+
+    whole = scaled("whole")
+    with pytest.raises(Killed):
+        scaled("killed", report=kill)
+    assert scaled("killed") == whole and whole["scale"] > 64
+
+
 def test_a_run_killed_between_the_stages_leaves_stage_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,6 +268,90 @@ def test_another_stage_2_follows_a_stage_1_that_is_done(tmp_path: Path) -> None:
         assert _curve(tmp_path / "a" / name) == _curve(tmp_path / "b" / name)
 
 
+@pytest.mark.parametrize(
+    ("num_steps", "warmup_steps"), [(1, 0), (2, 0), (10, 0), (10, 1), (10, 4), (10, 9)]
+)
+def test_the_rate_rises_once_and_ends_where_it_is_to_end(num_steps: int, warmup_steps: int) -> None:
+    """The highest at the last step of the rise and there alone, the final one at the last step."""
+    recipe = StageRecipe(
+        num_steps=num_steps, warmup_steps=warmup_steps, learning_rate=1.0, final_learning_rate=0.25
+    )
+    rates = [loop.learning_rate(recipe, step) for step in range(num_steps)]
+    highest = max(0, warmup_steps - 1)
+    assert [step for step, rate in enumerate(rates) if rate == 1.0] == [highest]
+    assert rates[:highest] == [(step + 1) / warmup_steps for step in range(highest)]
+    falling = rates[highest:]
+    assert falling == sorted(falling, reverse=True)
+    if num_steps > 1:
+        assert rates[-1] == pytest.approx(0.25)
+
+
+def test_a_loss_that_is_no_number_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it is written down or into a checkpoint: what was good goes on."""
+    stock, broken = loop.stages.stage1_step, [3]
+
+    def step(*args: Any) -> Any:
+        outcome = stock(*args)
+        broken[0] -= 1
+        return dataclasses.replace(
+            outcome, loss=outcome.loss * float("nan" if not broken[0] else 1)
+        )
+
+    monkeypatch.setattr(loop.stages, "stage1_step", step)
+    recipe = _recipe(tmp_path, stage2={"num_steps": 0})
+    with pytest.raises(RuntimeError, match=r"stage 1, step 2: the loss is nan.*learning_rate"):
+        _train("llava", recipe)
+    assert len(_curve(tmp_path / "stage1.csv")) == 2
+    module = _train("llava", recipe)
+    assert all(weight.isfinite().all() for weight in module.parameters())
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
+    """While the other runs; what it wrote is left alone."""
+    recipe = _recipe(tmp_path, stage2={"num_steps": 0})
+    refused = []
+
+    def second(stage: int, done: int, total: int, shown: dict[str, float]) -> None:
+        with pytest.raises(ValueError, match="another training") as said:
+            _train("llava", recipe, restart=True)
+        refused.append(str(said.value))
+
+    _train("llava", recipe, report=second)
+    assert len(refused) == STEPS and str(tmp_path) in refused[0]
+    assert (tmp_path / "checkpoints" / f"stage1-00000{STEPS}").is_dir()
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the checkpoint before it is whole: the run goes on once there is room."""
+    recipe = _recipe(tmp_path, stage2={"num_steps": 0})
+
+    def full(state: Any, path: Path) -> None:
+        if "partial" in str(path) and (tmp_path / "checkpoints" / "stage1-000002").is_dir():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        stock(state, path)
+
+    stock = torch.save
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", full)
+        with pytest.raises(RuntimeError, match=r"cannot write .*checkpoints.*No space left"):
+            _train("llava", recipe)
+    taken: list[int] = []
+    _train("llava", recipe, report=lambda stage, done, *_: taken.append(done))
+    assert taken == [3, 4]
+
+
+def test_a_checkpoint_that_is_not_whole_is_named(tmp_path: Path) -> None:
+    """Somebody removed a part of it: the folder and what to do."""
+    _train("llava", _recipe(tmp_path, stage2={"num_steps": 0}))
+    folder = tmp_path / "checkpoints" / "stage1-000004"
+    for name in ("optimizer.pt", "model.safetensors", "state.json"):
+        (folder / name).write_bytes(b"{")
+        with pytest.raises(ValueError, match=rf"{folder} is no whole checkpoint .*--restart"):
+            _train("llava", _recipe(tmp_path, stage2={"num_steps": 0}))
+
+
 def test_stage_1_learns(tmp_path: Path) -> None:
     """On pictures that come again and again the error falls."""
     stage = {"num_steps": 30, "pictures": 4, "questions": 2, "learning_rate": 5e-3}
@@ -340,6 +448,7 @@ def test_what_is_wrong_with_a_run_is_one_line(tmp_path: Path, capsys: Any) -> No
         (["--data.kind", "jsonl"], "kind 'jsonl' needs a path"),
         (["--model", str(tmp_path / "none")], "transformers cannot load it"),
         (["--model", str(model), "--stage1.guide_layer", "2"], "guide_layer must be in [0, 2)"),
+        (["--model", str(model), "--out", str(tmp_path / "model" / "config.json")], "cannot make"),
     ):
         assert cli.main([*run, *arguments]) == 2
         said = capsys.readouterr().err

@@ -63,6 +63,18 @@ def chat_template(family: str) -> str:
     return CHAT_TEMPLATE.replace("PLACEHOLDER", placeholder(family))
 
 
+def other_template(family: str) -> str:
+    """One whose answers begin otherwise than those of the model's own."""
+    return (
+        chat_template(family)
+        .replace("ASSISTANT :", "You are")
+        .replace(
+            "{{ message['role'] | upper }} :",
+            "{{ 'USER :' if message['role'] == 'user' else 'You are' }}",
+        )
+    )
+
+
 def placeholder(family: str, modality: str = "image") -> str:
     """What stands for an image or a video in a prompt."""
     if family.startswith("qwen"):

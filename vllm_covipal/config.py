@@ -39,7 +39,7 @@ class CovipalConfig(BaseModel):
     turn_end: Annotated[tuple[str, ...], Field(strict=False)] | None = Field(
         None,
         description="texts that end a user's turn, after which no text counts; default: read off "
-        "the chat template",
+        "the chat template that a prompt was rendered with",
     )
     reuse_mib: Annotated[int, Field(ge=0)] = Field(
         64,

@@ -20,7 +20,12 @@ def register() -> None:
 
 
 def _on_engine_config(vllm_config: Any) -> None:
-    from vllm_covipal.engine.options import check_arguments, check_request, processor_kwargs
+    from vllm_covipal.engine.options import (
+        check_arguments,
+        check_request,
+        processor_kwargs,
+        template_kwargs,
+    )
     from vllm_covipal.engine.startup import prepare
     from vllm_spindle_patches import (
         chat_params,
@@ -35,6 +40,6 @@ def _on_engine_config(vllm_config: Any) -> None:
     if prepare(vllm_config):
         from vllm_covipal.engine.metrics import stat_logger_classes
 
-        chat_params.apply(processor_kwargs)
+        chat_params.apply(processor_kwargs, template_kwargs)
         plugin_stats.apply()
         stat_loggers.apply(stat_logger_classes)

@@ -18,6 +18,8 @@ def _nothing(*args: Any) -> None:
 def _cases() -> dict[str, tuple[Any, str, Callable[[], None]]]:
     """Per patch: the object it changes or checks, the name on it, and how to apply it."""
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
     from vllm.model_executor.layers.attention import attention
     from vllm.renderers.base import BaseRenderer
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -27,6 +29,7 @@ def _cases() -> dict[str, tuple[Any, str, Callable[[], None]]]:
     from vllm_spindle_patches import (
         attention_layer,
         beam_search,
+        chat_params,
         encoder_reset,
         engine_config,
         media_arguments,
@@ -37,6 +40,9 @@ def _cases() -> dict[str, tuple[Any, str, Callable[[], None]]]:
 
     def layer() -> None:
         attention_layer.apply(lambda layer, config, stock: stock, lambda stock: stock)
+
+    def chats() -> None:
+        chat_params.apply(_nothing, _nothing)  # type: ignore[arg-type]
 
     overrides = {
         f"{owner.__name__}.{name}": (owner, name, scheduler_overrides.check)
@@ -69,6 +75,10 @@ def _cases() -> dict[str, tuple[Any, str, Callable[[], None]]]:
             "_process_multimodal",
             lambda: media_arguments.apply(_nothing),
         ),
+        "chat_requests": (ChatCompletionRequest, "build_chat_params", chats),
+        "response_requests": (ResponsesRequest, "build_chat_params", chats),
+        "chats": (BaseRenderer, "render_chat", chats),
+        "chats_async": (BaseRenderer, "render_chat_async", chats),
         "stat_loggers": (AsyncLLM, "__init__", lambda: stat_loggers.apply(_nothing)),
         "encoder_reset": (
             GPUModelRunner,
@@ -86,6 +96,10 @@ CASES = [
     "beam_search",
     "beam_search_offline",
     "media_arguments",
+    "chat_requests",
+    "response_requests",
+    "chats",
+    "chats_async",
     "encoder_reset",
     "stat_loggers",
     "attention_spec",
@@ -104,6 +118,7 @@ OVERRIDES = [
 
 WITH_CALLBACKS = (
     "beam_search",
+    "chat_params",
     "encoder_reset",
     "engine_config",
     "media_arguments",
@@ -144,6 +159,8 @@ def test_a_missing_symbol_is_named(case: str, monkeypatch: pytest.MonkeyPatch) -
     [
         ("request_admission", "resumable"),
         ("media_arguments", "mm_processor_kwargs"),
+        ("chats", "chat_params"),
+        ("chats_async", "prompt_extras"),
         ("stat_loggers", "stat_loggers"),
         ("attention_spec", "vllm_config"),
         ("attention_backend", "head_size"),

@@ -36,12 +36,16 @@ NUM_MIXED = 200
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
-    """A random LLaVA of 16 visual tokens an image, half of them kept unless a request says so."""
+    """A random LLaVA of 16 visual tokens an image, half of them kept unless a request says so.
+
+    Its chat template is the server's, not the model's.
+    """
     import tiny_lvlm
 
     folder = tiny_lvlm.write("llava", tmp_path_factory.mktemp("llava"))
     log = tmp_path_factory.mktemp("server") / "log"
     flags = [*FLAGS, "--additional-config", json.dumps({"covipal": COVIPAL})]
+    flags.append(f"--chat-template={tiny_lvlm.other_template('llava')}")
     with VllmServer(str(folder), flags, log) as running:
         yield running
 
@@ -164,6 +168,7 @@ def test_growing_chat_keeps_its_prefix(server: VllmServer, client: openai.OpenAI
         ({"covipal_keep_ratio": "half"}, "must be a number in (0, 1], got 'half'"),
         ({"covipal_ratio": 0.5}, "did you mean 'covipal_keep_ratio'?"),
         ({"coviapl_keep_ratio": 0.5}, "did you mean 'covipal_keep_ratio'?"),
+        ({"covipal_chat_template": "{{ 1 }}"}, "unknown option 'covipal_chat_template'"),
     ],
 )
 def test_bad_ratio_is_400(server: VllmServer, xargs: dict[str, Any], said: str) -> None:

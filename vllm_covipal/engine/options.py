@@ -18,6 +18,19 @@ from vllm_covipal.engine.request_fields import keep_ratio_of
 
 SECTION = "covipal"
 ATTRIBUTE = "covipal"
+TEMPLATE_KEY = "covipal_chat_template"
+"""Among a prompt's processor arguments: what it was rendered with, a ``ChatTemplate``."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTemplate:
+    """A chat template that the server or the engine's user chose in place of the model's own.
+
+    Of a class of its own, because no request may bring one under that key: rendering it is vLLM's
+    to allow (``--trust-request-chat-template``), and has been done when this is made.
+    """
+
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +97,10 @@ def check_keys(options: Mapping[str, object]) -> None:
     Raises:
         VLLMValidationError: HTTP 400 for this request.
     """
-    for key in options:
-        if key != KEEP_RATIO_KEY and (key.startswith(SECTION) or _resembles(key)):
+    for key, value in options.items():
+        if key == KEEP_RATIO_KEY or isinstance(value, ChatTemplate):
+            continue
+        if key.startswith(SECTION) or _resembles(key):
             raise VLLMValidationError(
                 f"unknown option {key!r}; did you mean {KEEP_RATIO_KEY!r}?", parameter=key
             )
@@ -98,6 +113,20 @@ def _resembles(key: str) -> bool:
 def processor_kwargs(vllm_xargs: Mapping[str, object]) -> dict[str, object]:
     """Our options among a request's ``vllm_xargs``, for the processor, which checks them."""
     return {key: value for key, value in vllm_xargs.items() if key.startswith(SECTION)}
+
+
+def template_kwargs(chat_template: str) -> dict[str, object]:
+    """For the processor of a prompt that was rendered with it."""
+    return {TEMPLATE_KEY: ChatTemplate(chat_template)}
+
+
+def take_template(
+    mm_processor_kwargs: Mapping[str, object],
+) -> tuple[str | None, dict[str, object]]:
+    """What ``template_kwargs`` put there, None for the model's own, and the arguments without."""
+    rest = dict(mm_processor_kwargs)
+    template = rest.pop(TEMPLATE_KEY, None)
+    return (template.text if isinstance(template, ChatTemplate) else None), rest
 
 
 def check_request(vllm_config: VllmConfig, prompt: Any, params: Any, resumable: bool) -> None:

@@ -8,7 +8,7 @@ cache key an item by its hash: the ratio, the text and the selector must all be 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
@@ -19,10 +19,12 @@ from vllm_covipal.core.budget import kept_rows
 from vllm_covipal.core.text_context import special_ids, text_context, turn_end_sequences
 from vllm_covipal.engine.families import Family
 from vllm_covipal.engine.metrics import count_tokens
-from vllm_covipal.engine.options import Options, attached, take_keep_ratio
+from vllm_covipal.engine.options import Options, attached, take_keep_ratio, take_template
 from vllm_covipal.engine.request_fields import PruningRequest, field_configs, pack
 from vllm_covipal.selectors import uses_text
 
+NUM_TEMPLATES = 16
+"""Chat templates whose ends of turns are remembered: the server's, and those of trusted clients."""
 REQUESTS_KEY = "covipal_requests"
 """Where one ``apply`` keeps its requests among the processor arguments; no caller may set it."""
 
@@ -79,11 +81,12 @@ class PruningProcessorMixin:
         keep_ratio, kwargs = take_keep_ratio(
             inputs.hf_processor_mm_kwargs, self._options.config.keep_ratio
         )
+        template, kwargs = take_template(kwargs)
         inputs = dataclasses.replace(inputs, hf_processor_mm_kwargs=kwargs)
         if keep_ratio == 1 or not any(inputs.mm_data_items.get_all_counts().values()):
             return {**super().apply(inputs, timing_ctx), KEEP_RATIO_KEY: 1.0}  # type: ignore[misc]
         _refuse_embeddings(inputs.mm_data_items)
-        requests = self._requests(inputs, keep_ratio)
+        requests = self._requests(inputs, keep_ratio, template)
         inputs.hf_processor_mm_kwargs = {**kwargs, REQUESTS_KEY: requests}
         result = super().apply(inputs, timing_ctx)  # type: ignore[misc]
         self._family.check_placeholders(
@@ -93,9 +96,10 @@ class PruningProcessorMixin:
         )
         return {**result, KEEP_RATIO_KEY: keep_ratio}
 
-    def _requests(self, inputs: Any, keep_ratio: float) -> Requests:
+    def _requests(self, inputs: Any, keep_ratio: float, template: str | None) -> Requests:
         hashes = super()._get_mm_hashes(inputs)  # type: ignore[misc]
-        texts = self._texts.of_prompt(inputs.prompt, {m: len(h) for m, h in hashes.items()})
+        counts = {m: len(h) for m, h in hashes.items()}
+        texts = self._texts.of_prompt(inputs.prompt, counts, template)
         return {
             modality: [
                 PruningRequest(keep_ratio, text, media_hash)
@@ -237,25 +241,33 @@ class _TextContexts:
         self._max_tokens = options.max_text_tokens
         self._placeholders = family.placeholder_ids(info.get_hf_config())
         self._not_text = special_ids(tokenizer) | set(self._placeholders.values())
-        if config.turn_end is None:
-            template = getattr(info.get_hf_processor(), "chat_template", None)
-            self._turn_ends = turn_end_sequences(tokenizer, chat_template=template)
-        else:
-            self._turn_ends = [
-                tokenizer.encode(text, add_special_tokens=False) for text in config.turn_end
-            ]
+        own_template = getattr(info.get_hf_processor(), "chat_template", None)
+        given = config.turn_end and [
+            tokenizer.encode(text, add_special_tokens=False) for text in config.turn_end
+        ]
+
+        @lru_cache(maxsize=NUM_TEMPLATES)
+        def turn_ends(template: str | None) -> list[list[int]]:
+            if given is not None:
+                return given  # type: ignore[return-value]
+            return turn_end_sequences(tokenizer, own_template if template is None else template)
+
+        turn_ends(None)  # at start-up, not in the first request
+        self._turn_ends = turn_ends
 
     def of_prompt(
-        self, prompt: list[int], counts: Mapping[str, int]
+        self, prompt: list[int], counts: Mapping[str, int], template: str | None
     ) -> dict[str, list[tuple[int, ...]]]:
         """Text context of every item, by modality.
 
         Args:
             prompt: one placeholder token per item.
             counts: items per modality.
+            template: that the prompt was rendered with; None for the model's own.
         """
         if not self._reads_text:
             return {modality: [()] * count for modality, count in counts.items()}
+        turn_ends = self._turn_ends(template)
         contexts = {}
         for modality, count in counts.items():
             placeholder = self._placeholders[modality]
@@ -265,7 +277,7 @@ class _TextContexts:
                     f"the prompt has {len(ends)} {modality} placeholders for {count} items"
                 )
             contexts[modality] = [
-                tuple(text_context(prompt, end, self._not_text, self._turn_ends, self._max_tokens))
+                tuple(text_context(prompt, end, self._not_text, turn_ends, self._max_tokens))
                 for end in ends
             ]
         return contexts

@@ -46,7 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-ratio", type=float, nargs="+", default=list(KEEP_RATIOS), metavar="R"
     )
-    parser.add_argument("--max-new-tokens", type=int, default=4, metavar="N")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=4,
+        metavar="N",
+        help="of an answer, which counts as right word for word (default: 4)",
+    )
     parser.add_argument("--dtype", default="auto", help="of the model's weights (default: auto)")
     parser.add_argument("--num-threads", type=int, metavar="N", help="torch's, on a CPU")
     parser.add_argument(
@@ -79,8 +85,16 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--keep-ratio must be in (0, 1], got {keep_ratio}")
     if args.pictures and args.endpoint:
         raise ValueError("--pictures needs --model: a server does not say what it keeps")
+    for name in ("num_questions", "max_new_tokens", "num_pictures"):
+        if getattr(args, name) < 1:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} must be at least 1, got {getattr(args, name)}")
     if args.pictures and not Path(args.pictures).is_dir():
         raise ValueError(f"--pictures: no folder {args.pictures}")
+    for name in ("json", "markdown", "plot"):  # written last: not to fail after hours
+        path = getattr(args, name)
+        if path and not Path(path).parent.is_dir():
+            raise ValueError(f"--{name}: no folder {Path(path).parent}")
     # What follows loads for seconds: what is wrong above is said before.
     from vllm_covipal.bench.provenance import provenance
     from vllm_covipal.evaluation.questions import digest
@@ -185,6 +199,7 @@ def _local(args: argparse.Namespace, questions: Any) -> Any:
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     model, processor = load_lvlm(args.model, args.dtype)
+    _check_answers(args, questions, processor.tokenizer)
     evaluator = Evaluator(
         model,
         processor,
@@ -196,6 +211,24 @@ def _local(args: argparse.Namespace, questions: Any) -> Any:
         _draw(args, model, processor, methods, questions)
     asked = encode_questions(model, processor, questions)
     return measure(evaluator, asked, methods, args.keep_ratio)
+
+
+def _check_answers(args: argparse.Namespace, questions: Any, tokenizer: Any) -> None:
+    """See that a right answer can be said.
+
+    Raises:
+        ValueError: if ``--max-new-tokens`` cuts it off, so that every method would be wrong.
+    """
+
+    def num_tokens(answer: str) -> int:
+        return len(tokenizer(answer, add_special_tokens=False)["input_ids"])
+
+    longest = max((question.answer for question in questions), key=num_tokens)
+    if num_tokens(longest) > args.max_new_tokens:
+        raise ValueError(
+            f"--max-new-tokens {args.max_new_tokens}: the answer {longest!r} has "
+            f"{num_tokens(longest)} tokens; give at least as many"
+        )
 
 
 def _draw(

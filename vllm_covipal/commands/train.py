@@ -57,9 +57,8 @@ def run(args: argparse.Namespace) -> int:
             report=display.report,
         )
     if accelerator.is_main_process:
-        print(
-            f"{recipe.out}: config.json, model.safetensors, provenance.json, stage1.csv, stage2.csv"
-        )
+        written = sorted(path.name for path in Path(recipe.out).iterdir() if path.is_file())
+        print(f"{recipe.out}: {', '.join(written)}")
     return 0
 
 

@@ -170,6 +170,20 @@ def test_rows_of_another_file_are_refused(tmp_path: Path, capsys: Any) -> None:
     assert "of another file of questions" in capsys.readouterr().err
 
 
+def test_answers_that_cannot_be_said_are_refused(tmp_path: Path, capsys: Any) -> None:
+    """More tokens than a method may say would make all of them wrong alike; before any of it."""
+    tiny_lvlm.picture(30, 20).save(tmp_path / "a.png")
+    turns = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "red blue red blue red"}]
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"image": "a.png", "conversations": turns}), encoding="utf-8")
+    run = ["eval", "--model", str(SHAPES), "--methods", "grid", "--keep-ratio", "0.5"]
+    run += ["--data", str(data), "--images", str(tmp_path)]
+    assert cli.main(run) == 2
+    said = capsys.readouterr().err
+    assert "--max-new-tokens 4: the answer 'red blue red blue red' has 5 tokens" in said
+    assert cli.main([*run, "--max-new-tokens", "6"]) == 0
+
+
 def test_the_command(tmp_path: Path, capsys: Any) -> None:
     """Table on the terminal and in files; names with commas are names."""
     out = tmp_path / "rows.json"
@@ -213,6 +227,11 @@ def test_the_command(tmp_path: Path, capsys: Any) -> None:
         (["--model", "m", "--keep-ratio", "0"], "--keep-ratio must be in"),
         (["--endpoint", "http://x", "--pictures", "."], "--pictures needs --model"),
         (["--model", "m", "--pictures", "no/such"], "--pictures: no folder no/such"),
+        (["--model", "m", "--json", "no/such/a.json"], "--json: no folder no/such"),
+        (["--model", "m", "--markdown", "no/such/a.md"], "--markdown: no folder no/such"),
+        (["--model", "m", "--plot", "no/such/a.png"], "--plot: no folder no/such"),
+        (["--model", "m", "--num-questions", "0"], "--num-questions must be at least 1, got 0"),
+        (["--model", "m", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
         (["--model", str(SHAPES), "--methods", "full,best"], "'best' is none of: ppm"),
     ],
 )

@@ -7,6 +7,7 @@ from PIL import Image
 
 from vllm_covipal import hf
 from vllm_covipal.commands.inspect_picture import Panel, View, draw_sheet, light
+from vllm_covipal.training.encode import chat_prompt
 
 
 def kept_sheet(
@@ -22,7 +23,8 @@ def kept_sheet(
     Raises:
         ValueError: if it is not known where the model's visual tokens lie.
     """
-    encoded = hf.encode_prompt(model, processor, _prompt(processor, question), images=[image])
+    prompt = chat_prompt(processor, question, 1)
+    encoded = hf.encode_prompt(model, processor, prompt, images=[image])
     views = _views(image, encoded, processor.image_processor)
     lines = []
     for keep_ratio in keep_ratios:
@@ -38,15 +40,6 @@ def kept_sheet(
             panels.append(Panel(label, light(views, kept)))
         lines.append(panels)
     return draw_sheet(question, lines)
-
-
-def _prompt(processor: Any, question: str) -> str:
-    """The question about one image, through the chat template if there is one."""
-    if not processor.chat_template:
-        return f"{processor.image_token}\n{question}"
-    content = [{"type": "image"}, {"type": "text", "text": question}]
-    messages = [{"role": "user", "content": content}]
-    return str(processor.apply_chat_template(messages, add_generation_prompt=True))
 
 
 def _views(image: Image.Image, encoded: Any, image_processor: Any) -> list[View]:

@@ -69,6 +69,9 @@ def load_pruning_module(
         raise ValueError(f"cannot read the pruning module's {path} ({error})") from None
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit its {CONFIG_NAME}: {error}") from None
+    for name, weight in module.state_dict().items():
+        if not weight.isfinite().all():  # of a training that went wrong: any order of tokens
+            raise ValueError(f"{path}: {name} holds what is no finite number: train it again")
     return module.to(device).eval().requires_grad_(False)
 
 

@@ -52,7 +52,7 @@ def chat_prompt(processor: Any, question: str, num_images: int) -> str:
     """The prompt of a question, through the chat template if there is one.
 
     Args:
-        processor: of the LVLM.
+        processor: of the LVLM; its template, or else its tokenizer's, as a server takes them.
         question: with ``PLACEHOLDER`` where a picture stands; those that it lacks come first.
         num_images: of the sample.
     """
@@ -74,7 +74,8 @@ def _rendered(processor: Any, question: str, num_images: int, answer: str | None
     parts = question.split(PLACEHOLDER)
     parts = [""] * (num_images + 1 - len(parts)) + parts
     texts = [part.strip() for part in parts[: num_images + 1]]
-    if not processor.chat_template:
+    tokenizer = processor.tokenizer
+    if not processor.chat_template and not tokenizer.chat_template:
         joined = f"{processor.image_token}\n".join(texts)
         return joined if answer is None else f"{joined} {answer}"
     content: list[dict[str, str]] = []
@@ -86,12 +87,21 @@ def _rendered(processor: Any, question: str, num_images: int, answer: str | None
     messages = [{"role": "user", "content": content}]
     if answer is not None:
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+
+    def rendered(messages: list[dict[str, Any]]) -> str:
+        own = None if processor.chat_template else tokenizer.get_chat_template()
+        return str(
+            processor.apply_chat_template(
+                messages, chat_template=own, add_generation_prompt=answer is None
+            )
+        )
+
     try:
-        return str(processor.apply_chat_template(messages, add_generation_prompt=answer is None))
+        return rendered(messages)
     except Exception:  # a template may take an assistant's words as a string only
         if answer is not None:
             messages[1] = {"role": "assistant", "content": answer}  # type: ignore[dict-item]
-        return str(processor.apply_chat_template(messages, add_generation_prompt=answer is None))
+        return rendered(messages)
 
 
 class Encoder:
@@ -114,27 +124,30 @@ class Encoder:
         """The sample's rows and a sequence for each of ``turns``.
 
         Raises:
-            ValueError: if a prompt has not one placeholder for each picture.
+            ValueError: naming the sample, if the processor does not take its pictures, or a
+                prompt has not one placeholder for each.
         """
         num_images = len(sample.images)
+        token = self.processor.image_token
+        if any(token in turn.question.replace(PLACEHOLDER, "") + turn.answer for turn in turns):
+            raise ValueError(f"{sample.name}: {token} in a text would stand for a picture")
         texts = [answered(self.processor, turn, num_images) for turn in turns]
-        encoded = hf.encode_prompt(self.model, self.processor, texts[0][0], images=sample.images)
-        sequences = tuple(
-            self._sequence(prompt, answer, encoded, sample.name) for prompt, answer in texts
-        )
+        try:
+            encoded = hf.encode_prompt(
+                self.model, self.processor, texts[0][0], images=sample.images
+            )
+            sequences = tuple(self._sequence(prompt, answer, encoded) for prompt, answer in texts)
+        except ValueError as error:
+            raise ValueError(f"{sample.name}: {error}") from None
         return EncodedSample(encoded.items, sequences)
 
-    def _sequence(
-        self, prompt: str, answer: str, encoded: hf.EncodedPrompt, name: str
-    ) -> Sequenced:
+    def _sequence(self, prompt: str, answer: str, encoded: hf.EncodedPrompt) -> Sequenced:
         tokenizer = self.processor.tokenizer
         shrunk = list(tokenizer(prompt)["input_ids"])
         spoken = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
         places = [i for i, token in enumerate(shrunk) if token == self._image_id]
         if len(places) != len(encoded.items):
-            raise ValueError(
-                f"sample {name}: {len(places)} placeholders for {len(encoded.items)} pictures"
-            )
+            raise ValueError(f"{len(places)} placeholders for {len(encoded.items)} pictures")
         ids: list[int] = []
         starts, done = [], 0
         for place, item in zip(places, encoded.items, strict=True):

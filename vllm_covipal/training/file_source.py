@@ -71,7 +71,7 @@ class FileSource(Source):
             pictures = tuple(read_picture(path) for path in self._pictures(sample))
         except ValueError as error:
             raise ValueError(f"{self._path}, {where}: {error}") from None
-        return Sample(str(sample.get("id", index)), pictures, self._turns(sample, where))
+        return Sample(f"{self._path}, {where}", pictures, self._turns(sample, where))
 
     def unreadable(self, indices: Iterable[int], *, whole: bool) -> Iterator[str]:
         """Messages as ``__getitem__`` would raise them, without stopping at the first."""

@@ -4,12 +4,23 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from typing_extensions import Self
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
+Precision = Annotated[
+    Literal["no", "bf16", "fp16"],
+    BeforeValidator(lambda value: "no" if value is False else value),  # YAML's bare ``no``
+]
 
 
 class Section(BaseModel):
@@ -142,7 +153,7 @@ class TrainRecipe(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of the LVLM's weights"
     )
-    mixed_precision: Literal["no", "bf16", "fp16"] = Field("no", description="accelerate's")
+    mixed_precision: Precision = Field("no", description="accelerate's")
     gradient_checkpointing: bool = Field(
         False, description="recompute the LVLM's layers in stage 2's backward pass: less memory"
     )

@@ -24,6 +24,7 @@ from vllm_covipal.core.fingerprint import fingerprint
 from vllm_covipal.core.pruner import PruningModule, PruningModuleConfig
 from vllm_covipal.core.pruner_files import save_pruning_module
 from vllm_covipal.selectors import build_selector
+from vllm_covipal.training.encode import chat_prompt
 
 QUESTION = "what is the color of the red circle ?"
 
@@ -86,7 +87,7 @@ def test_the_sheet_shows_what_each_selector_keeps(folder: Path) -> None:
     assert _run(folder, *words, "--keep-ratio", "0.5", "0.2") == 0
     sheet = _pixels(Image.open(folder / "kept.png"))
     model, processor = tiny_lvlm.llava()
-    prompt = kept_sheet._prompt(processor, QUESTION)
+    prompt = chat_prompt(processor, QUESTION, 1)
     image = tiny_lvlm.picture(80, 48)
     encoded = hf.encode_prompt(model, processor, prompt, images=[image])
     module = inspect._load_ppm(str(folder / "ppm"), model, "tiny")
@@ -114,7 +115,7 @@ def test_the_crop_is_what_the_tower_sees(folder: Path) -> None:
     model, processor = tiny_lvlm.llava()
     image = tiny_lvlm.picture(80, 48)
     encoded = hf.encode_prompt(
-        model, processor, kept_sheet._prompt(processor, QUESTION), images=[image]
+        model, processor, chat_prompt(processor, QUESTION, 1), images=[image]
     )
     (view,) = kept_sheet._views(image, encoded, processor.image_processor)
     # Bicubic to 53 x 32, the middle 32 x 32 of it.
@@ -129,7 +130,7 @@ def test_every_family_has_views(family: str) -> None:
     model, processor = tiny_lvlm.FAMILIES[family]()
     image = tiny_lvlm.picture(80, 48)
     encoded = hf.encode_prompt(
-        model, processor, kept_sheet._prompt(processor, QUESTION), images=[image]
+        model, processor, chat_prompt(processor, QUESTION, 1), images=[image]
     )
     views = kept_sheet._views(image, encoded, processor.image_processor)
     assert [view.grid for view in views] == list(encoded.items[0].grids)
@@ -149,7 +150,7 @@ def test_without_a_template_the_placeholder_comes_first() -> None:
     """A processor that has no chat template."""
     _, processor = tiny_lvlm.llava()
     processor.chat_template = None
-    assert kept_sheet._prompt(processor, "what ?") == "<image>\nwhat ?"
+    assert chat_prompt(processor, "what ?", 1) == "<image>\nwhat ?"
 
 
 def test_what_is_wrong_is_said_in_one_line(folder: Path, tmp_path: Path) -> None:

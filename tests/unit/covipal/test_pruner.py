@@ -184,6 +184,11 @@ def test_broken_folders_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="expected a JSON object, got list"):
         load_pruning_module(tmp_path)
+    broken = _module()
+    broken.head.bias.data.fill_(float("nan"))
+    save_pruning_module(broken, tmp_path)
+    with pytest.raises(ValueError, match=r"model\.safetensors: head\.bias .* no finite number"):
+        load_pruning_module(tmp_path)
     save_pruning_module(_module(), tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"cannot read the pruning module's .*model\.safetensors"):

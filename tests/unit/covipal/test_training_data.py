@@ -52,7 +52,8 @@ def test_the_llava_format(tmp_path: Path, as_list: bool) -> None:
     source = FileSource(_write(tmp_path, GOOD, as_list=as_list), str(tmp_path))
     assert len(source) == 2
     first, second = source[0], source[1]
-    assert first.name == "a" and [image.size for image in first.images] == [(20, 10)]
+    assert first.name == f"{tmp_path / 'samples.json'}, {'sample 0' if as_list else 'line 1'}"
+    assert [image.size for image in first.images] == [(20, 10)]
     assert first.turns == (Turn("<image>\nWhat?", "This."), Turn("And?", "That."))
     assert [image.size for image in second.images] == [(20, 10), (21, 10)]
 

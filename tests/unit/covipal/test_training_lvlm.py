@@ -1,5 +1,6 @@
 """What training reads off a frozen LVLM, on every family, against what transformers does itself."""
 
+import dataclasses
 from functools import cache
 from typing import Any
 
@@ -12,7 +13,7 @@ from vllm_covipal.core.soft_mask import DROPPED, RETENTION_FLOOR, retention_bias
 from vllm_covipal.selectors import build_selector
 from vllm_covipal.training import lvlm
 from vllm_covipal.training.batches import Batch, make_batch, without_tokens
-from vllm_covipal.training.encode import EncodedSample, Encoder, chat_prompt
+from vllm_covipal.training.encode import EncodedSample, Encoder, answered, chat_prompt
 from vllm_covipal.training.recipe import Stage1Recipe, Stage2Recipe
 from vllm_covipal.training.samples import Sample, Turn
 from vllm_covipal.training.stages import guide_labels, score_batch, stage2_positions
@@ -289,3 +290,30 @@ def test_the_guide_layer_leaves_the_model_as_it_was(family: str) -> None:
     handle.remove()
     assert not ran
     assert torch.equal(before, _logits(family, batch, _no_bias(batch))[0])
+
+
+def test_a_sample_that_the_processor_refuses_is_named() -> None:
+    """Hours into a run: which one, and why."""
+    model, processor = _pair("qwen2_vl")
+    encoder = Encoder(model, processor, max_text_tokens=128, max_answer_tokens=8)
+    narrow = dataclasses.replace(_sample(), name="a, line 3", images=(tiny_lvlm.picture(500, 1),))
+    with pytest.raises(ValueError, match=r"^a, line 3: absolute aspect ratio"):
+        encoder(narrow, narrow.turns)
+    literal = dataclasses.replace(_sample(), name="b", turns=(Turn("<|image_pad|> ?", "red"),))
+    with pytest.raises(ValueError, match=r"^b: <\|image_pad\|> in a text"):
+        encoder(literal, literal.turns)
+
+
+def test_a_template_of_the_tokenizer_alone_is_used() -> None:
+    """As a server does where the processor has none; without any, the placeholder and the words."""
+    _, processor = tiny_lvlm.FAMILIES["llava"]()
+    template = processor.chat_template
+    with_one = chat_prompt(processor, "what is left ?", 1), answered(processor, TURNS[0], 1)
+    processor.chat_template = None
+    assert chat_prompt(processor, "what ?", 1) == "<image>\nwhat ?"
+    processor.tokenizer.chat_template = template
+    assert (
+        chat_prompt(processor, "what is left ?", 1),
+        answered(processor, TURNS[0], 1),
+    ) == with_one
+    assert "USER" in with_one[0]

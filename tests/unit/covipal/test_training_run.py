@@ -385,6 +385,15 @@ def test_a_dial_is_overridden_by_its_dotted_name() -> None:
         assert words in str(refusal.value)
 
 
+@pytest.mark.parametrize("text", ["no", "'no'", "bf16"])
+def test_no_mixed_precision_is_a_word(tmp_path: Path, text: str) -> None:
+    """YAML takes a bare ``no`` for false."""
+    recipe = load_recipe(SHAPES, {"mixed_precision": text})
+    assert recipe.mixed_precision == text.strip("'")
+    with pytest.raises(ValueError, match="mixed_precision=True"):
+        load_recipe(SHAPES, {"mixed_precision": "yes"})
+
+
 def test_overrides_of_another_form_are_one_line(tmp_path: Path) -> None:
     """A section that is no section, and a value that is no YAML."""
     path = tmp_path / "recipe.yaml"

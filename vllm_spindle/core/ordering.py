@@ -56,9 +56,9 @@ def turn_ranks(turns: Tensor, num_turns: int) -> Tensor:
     taken = turns.new_zeros((*turns.shape[:-1], num_turns), dtype=torch.int32)
     taken.scatter_(-1, turns, 1)
     # Over all rows at once, as a device scans one long row best; then less the rows before.
-    counted = taken.flatten().cumsum(0).view(taken.shape)
+    counted = taken.flatten().cumsum(0, dtype=torch.int32).view(taken.shape)
     before = counted[..., :1] - taken[..., :1]
-    return counted.gather(-1, turns) - before - 1
+    return (counted.gather(-1, turns) - before - 1).long()
 
 
 def ascending(ranked: Tensor, counts: Sequence[int], num_positions: int) -> Tensor:

@@ -1,29 +1,47 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can say, in one call: unpack, check, measure. Results go to $OUT.
-# Run from the repository root; offline is fine.
+# Run from the repository root; offline is fine. Where a call may last ten minutes, and a GPU is there
+# for fifteen, this one says the most, the most important first:
+#   QUICK=1 OUT=results bash benchmarks/gpu_all.sh PART ...
+# and this one all of it, which takes about an hour on an H100, by arithmetic:
 #   OUT=results bash benchmarks/gpu_all.sh [PART ...]
 # PART      folders made by pack_vllm_cuda.sh, unpacked into $SITE with $UNPACK; none if the machine's
 #           python imports a CUDA vLLM 0.32 already
-# OUT       where results go (default build/gpu)
+# OUT       where results go (default build/gpu): eight files at most, each complete as far as it got
 # SITE      where packages are unpacked (default /tmp/vllm-site)
 # UNPACK    unpack_vllm_cuda.sh (default .gpu/unpack_vllm_cuda.sh)
 # EXTRA     a folder for PYTHONPATH with what else is missing: rich and numba, for example
-# STAGES    of "doctor check bench triton" (default all); each is limited by $LIMIT seconds
+# QUICK     1 for the short run: the plan with FlashAttention and graphs, evicting and by kv head; then
+#           stock and evict at 32k, with the decode kernels; then the other checks, as far as time goes
+# STAGES    of "doctor first bench check more triton" (default "doctor check bench triton"; QUICK: "first
+#           bench more triton")
+# LIMIT     seconds of a stage (default 3000); TOTAL of all of them, unpacking too (QUICK: 570)
 # CONTEXTS, KV_GIB, SIDES    as --contexts, --kv-cache-gib, --sides of vllm-spindle bench gpu
-#           (four sides and three contexts take some half an hour on an H100, by arithmetic; where a
-#           call may not last as long: STAGES=bench CONTEXTS=4096 SIDES=stock,evict, and so on)
-# CHECKS    requests of the last check (default 10000)
+# CHECKS    requests of the last check (default 10000; QUICK: 1000)
 # CHECK_FLAGS, BENCH_FLAGS   further flags, for example --eager and --tiny to try this on a CPU
 set -uo pipefail
 
+started=$SECONDS
 OUT=${OUT:-build/gpu}
 SITE=${SITE:-/tmp/vllm-site}
 UNPACK=${UNPACK:-.gpu/unpack_vllm_cuda.sh}
 PYTHON=${PYTHON:-python3}
-STAGES=${STAGES:-doctor check bench triton}
 LIMIT=${LIMIT:-3000}
+if [ "${QUICK:-0}" = 1 ]; then
+  STAGES=${STAGES:-first bench more triton} TOTAL=${TOTAL:-570} CHECKS=${CHECKS:-1000}
+  CONTEXTS=${CONTEXTS:-32768} KV_GIB=${KV_GIB:-16} SIDES=${SIDES:-stock,evict}
+  BENCH_FLAGS="--repeats 1 --output-len 48 --bound-output-len 128 ${BENCH_FLAGS:-}"
+fi
+STAGES=${STAGES:-doctor check bench triton}
+TOTAL=${TOTAL:-1000000}
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
+
+{
+  nvidia-smi 2>/dev/null || echo "no GPU"
+  echo "commit $(git rev-parse HEAD 2>/dev/null || echo unknown)"
+} > "$OUT/summary.txt"
+: > "$OUT/log.txt"
 
 if [ $# -gt 0 ]; then
   PYTHON=$PYTHON bash "$UNPACK" "$SITE" "$@" || exit 1
@@ -47,7 +65,7 @@ groups = project["entry-points"]
 lines = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in names.items()) for group, names in groups.items()]
 (info / "entry_points.txt").write_text("\n".join(lines))
 P
-export PYTHONPATH="$plugins:$PWD/tests:${PYTHONPATH:-}"
+export PYTHONPATH="$plugins:$PWD/tests:${PYTHONPATH:-}" PYTHONUNBUFFERED=1
 export VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0
 export VLLM_HOST_IP=${VLLM_HOST_IP:-127.0.0.1} VLLM_LOGGING_LEVEL=${VLLM_LOGGING_LEVEL:-WARNING}
 
@@ -55,37 +73,44 @@ export VLLM_HOST_IP=${VLLM_HOST_IP:-127.0.0.1} VLLM_LOGGING_LEVEL=${VLLM_LOGGING
   echo "missing above: put it into a folder and pass EXTRA=FOLDER" >&2
   exit 1
 }
-(nvidia-smi 2>/dev/null || echo "no GPU") > "$OUT/machine.txt"
-git rev-parse HEAD > "$OUT/commit.txt" 2>/dev/null || true
+echo "unpacked and imported after $((SECONDS - started)) s" | tee -a "$OUT/summary.txt"
 
 status=0
 stage() {  # stage NAME COMMAND ...
-  local name=$1 started=$SECONDS
+  local name=$1 began=$SECONDS left=$((TOTAL - SECONDS + started))
   shift
-  timeout "$LIMIT" "$@" > "$OUT/$name.log" 2>&1
-  local code=$?
-  echo "$name: exit code $code after $((SECONDS - started)) s" | tee -a "$OUT/summary.txt"
-  grep -E "${SHOW:-^(ok  |FAIL) }" "$OUT/$name.log" || tail -n 30 "$OUT/$name.log"
-  [ $code -eq 0 ] || status=1
+  if [ $left -lt 20 ]; then
+    echo "$name: no time left" | tee -a "$OUT/summary.txt"
+    status=1
+    return
+  fi
+  local limit=$((left < LIMIT ? left : LIMIT)) log="$plugins/$name.log"
+  timeout -k 5 "$limit" "$@" 2>&1 | tee "$log" >> "$OUT/log.txt"
+  local code=${PIPESTATUS[0]}
+  echo "$name: exit code $code after $((SECONDS - began)) s" | tee -a "$OUT/summary.txt"
+  grep -E "${SHOW:-^(ok  |FAIL) }" "$log" | tee -a "$OUT/summary.txt" || tail -n 30 "$log"
+  [ "$code" -eq 0 ] || status=1
 }
 bench=("$PYTHON" -c 'import sys; from vllm_spindle.cli import main; sys.exit(main(sys.argv[1:]))' bench gpu)
 flags=(--contexts "${CONTEXTS:-4096,32768,131072}" --kv-cache-gib "${KV_GIB:-32}")
 flags+=(--sides "${SIDES:-stock,off,evict,whole}")
+# A step that waits for the device where vLLM does not allow it is an error here.
+checks=(env "VLLM_GPU_SYNC_CHECK=${SYNC_CHECK:-error}" "$PYTHON" benchmarks/gpu_checks.py)
+checks+=(--num-requests "${CHECKS:-10000}")
 
-: > "$OUT/summary.txt"
 for each in $STAGES; do
+  # shellcheck disable=SC2086
   case $each in
     doctor) SHOW=checks stage doctor "$PYTHON" -c 'import sys; from vllm_spindle.cli import main; sys.exit(main(["doctor"]))' ;;
-    # A step that waits for the device where vLLM does not allow it is an error here.
-    # shellcheck disable=SC2086
-    check) stage check env VLLM_GPU_SYNC_CHECK="${SYNC_CHECK:-error}" "$PYTHON" benchmarks/gpu_checks.py --num-requests "${CHECKS:-10000}" \
-      --json "$OUT/checks.json" ${CHECK_FLAGS:-} ;;
-    # shellcheck disable=SC2086
+    check) stage check "${checks[@]}" --json "$OUT/checks.json" ${CHECK_FLAGS:-} ;;
+    # The same in two parts, around the measurements.
+    first) stage first "${checks[@]}" --only plan-evict,plan-heads --json "$OUT/checks.json" ${CHECK_FLAGS:-} ;;
+    more) stage more "${checks[@]}" --only reduction-kernels,plan-codebooks,aborts,off-is-stock \
+      --json "$OUT/checks-more.json" ${CHECK_FLAGS:-} ;;
     bench) SHOW=. stage bench "${bench[@]}" "${flags[@]}" --json "$OUT/bench-gpu.json" ${BENCH_FLAGS:-} ;;
-    # The same checks, short, with vLLM's other attention backend.
-    # shellcheck disable=SC2086
-    triton) stage triton "$PYTHON" benchmarks/gpu_checks.py --num-requests 500 --json "$OUT/checks-triton.json" \
-      --attention-backend TRITON_ATTN ${CHECK_FLAGS:-} ;;
+    # The plans once more, with vLLM's other attention backend.
+    triton) stage triton "${checks[@]}" --only plan-evict,plan-heads,plan-codebooks \
+      --json "$OUT/checks-triton.json" --attention-backend TRITON_ATTN ${CHECK_FLAGS:-} ;;
     *) echo "no stage is called $each" >&2; exit 2 ;;
   esac
 done

@@ -81,7 +81,7 @@ def run_gpu(
     Args:
         options: what to run.
         on_progress: called with the name of each part as it begins.
-        on_report: called with the report so far after each part: a GPU may be taken away.
+        on_report: called with the report so far as results come: a GPU may be taken away.
 
     Returns:
         A JSON-ready report: settings, provenance, results by side and context, ratios to stock.
@@ -96,15 +96,23 @@ def run_gpu(
         options.model.write(Path(folder), options.max_model_len)
         for side in options.sides:
             on_progress(side)
-            results[side] = _child("gpu_run", side_payload(options, side, folder), {})
-            on_report(_report(options, results, kernels))
+
+            def save(result: Any, side: str = side) -> None:
+                results[side] = result
+                on_report(_report(options, results, kernels))
+
+            save(_child("gpu_run", side_payload(options, side, folder), {}, save))
     if options.kernel_batches:
         device = _device()
         environment = {"TRITON_INTERPRET": "1"} if device == "cpu" else {}
         for part, module in (("kernels", "gpu_kernel"), ("reductions", "gpu_reduction")):
             on_progress(part)
-            found = _child(module, _kernel_payload(options, device), environment)
-            kernels[part] = found[part]
+
+            def keep(found: Any, part: str = part) -> None:
+                kernels[part] = found[part]
+                on_report(_report(options, results, kernels))
+
+            keep(_child(module, _kernel_payload(options, device), environment, keep))
     report = _report(options, results, kernels)
     on_report(report)
     return report
@@ -218,7 +226,12 @@ def _kernel_payload(options: GpuOptions, device: str) -> dict[str, Any]:
     }
 
 
-def _child(module: str, payload: dict[str, Any], environment: dict[str, str]) -> Any:
+def _child(
+    module: str,
+    payload: dict[str, Any],
+    environment: dict[str, str],
+    on_result: Callable[[Any], None],
+) -> Any:
     child = subprocess.Popen(
         [sys.executable, "-m", f"vllm_spindle.bench.{module}"],
         stdin=subprocess.PIPE,
@@ -242,6 +255,7 @@ def _child(module: str, payload: dict[str, Any], environment: dict[str, str]) ->
         word, _, rest = line.partition(" ")
         if word == "result":
             result = json.loads(rest)
+            on_result(result)
         else:
             log = [*log[-60:], line]
     if child.wait() != 0:

@@ -9,6 +9,7 @@ scheduling the next step's is under way, as in service.
 import json
 import sys
 import time
+from collections.abc import Iterator
 from statistics import median
 from typing import Any
 
@@ -45,8 +46,8 @@ class Side:
         self.num_blocks = self._scheduler.kv_cache_manager.block_pool.num_gpu_blocks
         self.num_groups = self._scheduler.kv_cache_manager.num_kv_cache_groups
 
-    def context(self, options: dict[str, Any], length: int) -> dict[str, Any]:
-        """Everything about one context length.
+    def context(self, options: dict[str, Any], length: int) -> Iterator[dict[str, Any]]:
+        """Everything about one context length; once without the profiler, which may fail or hang.
 
         Args:
             options: ``output_len``, ``bound_output_len``, ``repeats``; by context ``few``
@@ -57,13 +58,19 @@ class Side:
         output_len = options["output_len"]
         self._serve(1, length, 4)  # warm-up: compilation, first calls
         prefill = [self._serve(1, length, 1)["total_seconds"] for _ in range(options["repeats"])]
-        return {
+        found = {
             "prefill_seconds": median(prefill),
             "single": self._serve(1, length, output_len),
             "ample": self._serve(few, length, output_len),
             "bound": self._serve(many, length, options["bound_output_len"]),
-            "attention": self._profiled(few, length),
+            "attention": {"seconds_per_step": None},
         }
+        yield found
+        try:
+            found["attention"] = self._profiled(few, length)
+        except RuntimeError as error:  # no profiler on this machine
+            found["attention"]["failed"] = str(error)
+        yield found
 
     def _ask(self, count: int, length: int, output_len: int) -> None:
         from vllm import SamplingParams
@@ -154,14 +161,15 @@ class Side:
 
 
 def main() -> None:
-    """Read the options, run, print ``result {json}``, again after each context."""
+    """Read the options, run, print ``result {json}``, again after each part of a context."""
     options = json.load(sys.stdin)
     side = Side(options)
     result: dict[str, Any] = {"num_blocks": side.num_blocks, "num_groups": side.num_groups}
     result["contexts"] = {}
     for length in options["contexts"]:
-        result["contexts"][str(length)] = side.context(options, length)
-        print("result " + json.dumps(result), flush=True)
+        for found in side.context(options, length):
+            result["contexts"][str(length)] = found
+            print("result " + json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from vllm_spindle.engine.active import active_reduction
 from vllm_spindle.engine.backend import SpindleImplMixin
 from vllm_spindle.engine.codebook_region import CodebookRegion
 from vllm_spindle.engine.evicted_regions import DenseRegion, HeadRegion
+from vllm_spindle.kernels.host_scoring import host_keys
 from vllm_spindle.policy import SpindlePolicy
 
 NUM_PROMPT_ROWS = 3
@@ -263,7 +264,8 @@ class TwinLayer:
             self.queries[observed]
             .view(len(observed), num_kv_heads, -1, head_size)
             .permute(1, 2, 0, 3),
-            self.keys[:prompt_len].transpose(0, 1),
+            # Scored by the kernel, if the engine's are: else ties of float32 fall either way.
+            host_keys(self.keys[:prompt_len].transpose(0, 1)),
             observed,
         )
         counts = {

@@ -24,6 +24,7 @@ from vllm_spindle.core.eviction import gather_kept
 from vllm_spindle.core.rotary import rotate_keys, unrotate_keys
 from vllm_spindle.engine.codebook_shape import codebook_shape
 from vllm_spindle.kernels.cover import WINDOW, CompiledBook, admit_layer
+from vllm_spindle.kernels.host_scoring import host_keys
 from vllm_spindle.policy import SpindlePolicy
 
 
@@ -99,12 +100,14 @@ def reduce_prompt(
     config = policy.config
     rule = choice_rule(config, seed=seed)
     queries, positions = _observed(policy, plan, layer)
+    # As the engine scores them, where both come from it.
+    keys = host_keys(layer.keys) if queries.dtype == layer.keys.dtype else layer.keys
 
     def rank(num_kept: int) -> Tensor:
         return rank_context(
             rule,
             queries,
-            layer.keys,
+            keys,
             positions,
             scale=layer.scale,
             num_context=num_context,

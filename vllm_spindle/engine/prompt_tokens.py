@@ -1,8 +1,8 @@
 """Keys and values of an ended prompt in one layer: as tensors on the CPU, in the cache on a GPU.
 
-On the CPU, whose kernels pack blocks as they like, they are unpacked first and written back by
-vLLM's own cache write. Elsewhere our Triton kernels score and move them where they lie; only
-codebooks want them as tensors.
+On the CPU, whose kernels pack blocks as they like, they are unpacked first, scored by our compiled
+kernel or by torch, and written back by vLLM's own cache write. Elsewhere our Triton kernels score
+and move them where they lie; only codebooks want them as tensors.
 
 Shapes: K kv heads, G query heads per kv head, T prompt tokens, N tokens kept, R blocks of a region,
 n tokens per block, D head size.
@@ -63,8 +63,11 @@ class TensorTokens:
 
     def __init__(self, layer: ReducedLayer, keys: Tensor, values: Tensor, prompt_len: int) -> None:
         """Args: keys, values: [K, T.., D]; prompt_len: T."""
+        # Not before vLLM has started: its kernel registration trips over numba's modules.
+        from vllm_spindle.kernels.host_scoring import host_keys
+
         self._layer, self._tokens = layer, (keys, values)
-        self.keys = keys[:, :prompt_len]
+        self.keys = host_keys(keys[:, :prompt_len])
 
     def read(self) -> tuple[Tensor, Tensor]:
         """As they are."""

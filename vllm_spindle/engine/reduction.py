@@ -24,7 +24,7 @@ from vllm_spindle.core.modality import VisualCap
 from vllm_spindle.core.transfer import to_device
 from vllm_spindle.engine.cache_layout import CacheLayout, probe_layout
 from vllm_spindle.engine.codebook_region import CodebookRegion, CodebookStats
-from vllm_spindle.engine.evicted_regions import DenseRegion, HeadRegion, evict
+from vllm_spindle.engine.evicted_regions import evict
 from vllm_spindle.engine.layer_reduction import LayerReduction
 from vllm_spindle.engine.prompt_tokens import (
     PagedTokens,
@@ -105,15 +105,12 @@ class Reducer:
         """Probe the cache and compile what prompts need, at start-up instead of in a request.
 
         A sham prompt goes through the real code, in blocks that no request holds yet: through one
-        region of each kind that has something to compile.
+        region of each kind.
         """
         _ = self.layout
         warm: set[type] = set()
         for band, region in enumerate(self.regions):
-            compiles = isinstance(region, CodebookRegion) or (
-                self._in_place and isinstance(region, DenseRegion | HeadRegion)
-            )
-            if compiles and type(region) not in warm:
+            if type(region) not in warm:
                 self._warm_up_region(region, self.bands[band][0])
                 warm.add(type(region))
 
@@ -137,7 +134,7 @@ class Reducer:
             layer,
             plan,
             blocks,
-            queries=queries.to(layer.kv_cache if self._in_place else device),
+            queries=queries.to(layer.kv_cache),
             positions=positions if self._in_place else positions.cpu(),
             tokens=prompt_tokens,
             rule=self._rule(0, 0),

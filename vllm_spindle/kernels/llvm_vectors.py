@@ -88,13 +88,17 @@ class Vectors:
         """(x, -y) for (x, y)."""
         return self.builder.xor(pairs, _all(pairs.type, 0x80000000))
 
-    def dot_pairs(self, left: Value, right: Value) -> Value:
-        """``x * u + y * v`` for (x, y) and (u, v), as float32. Of 16 pairs, with AVX512_BF16."""
+    def dot_pairs(self, left: Value, right: Value, total: Value | None = None) -> Value:
+        """``total + x * u + y * v`` for (x, y) and (u, v), as float32; without a total, of 0.
+
+        Of 16 pairs, with AVX512_BF16.
+        """
         pairs = ir.VectorType(_BFloat(), 32)
         kind = ir.FunctionType(vector_of(16), [vector_of(16), pairs, pairs])
         function = self._declared("llvm.x86.avx512bf16.dpbf16ps.512", kind)
         both = [self.builder.bitcast(vector, pairs) for vector in (left, right)]
-        return self.builder.call(function, [ir.Constant(vector_of(16), [0.0] * 16), *both])
+        total = ir.Constant(vector_of(16), [0.0] * 16) if total is None else total
+        return self.builder.call(function, [total, *both])
 
     def _as_floats(self, vector: Value) -> Value:
         return self.builder.bitcast(vector, vector_of(vector.type.count))

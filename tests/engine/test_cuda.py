@@ -270,7 +270,6 @@ def on_device() -> dict[str, Any]:
     from vllm_spindle.engine.step import BandRows, CodebookRows, WindowRows
     from vllm_spindle.engine.window import WindowStash
 
-    torch.Tensor.pin_memory = lambda self: self  # needs a GPU
     there: Any = {"device": "meta"}
     found: dict[str, Any] = {}
     for mistake in ("mixed", "looked at"):

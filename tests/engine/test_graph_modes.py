@@ -43,6 +43,8 @@ SPINDLE: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
     "heads": (HEADS, {}),
     "heads preempted": (HEADS_IN_BANDS, LITTLE),
     "heads unpreempted": (HEADS_IN_BANDS, PLENTY),
+    # A prefix of one block before what heads share out.
+    "heads, prefix": ({**HEADS, "protected_prefix_tokens": 32}, {}),
     # No row is padding, but tokens are.
     "heads in few rows": (HEADS, {"max_num_seqs": 4}),
 }
@@ -63,6 +65,7 @@ RUNS = [
     ("preempted", "both, broken"),
     *(("heads", graphs) for graphs in ("decodes", "full", "pieces, broken", "both, compiled")),
     *(("heads preempted", graphs) for graphs in ("full", "both, broken")),
+    *(("heads, prefix", graphs) for graphs in ("decodes", "full", "both, broken")),
     ("heads in few rows", "full"),
     ("off", "both, compiled"),
 ]
@@ -217,7 +220,7 @@ def test_plan_is_held(found: dict[str, Any], name: str, graphs: str) -> None:
     assert run["problems"] == run["left_over"] == []
     assert run["idle_free"]
     # Of every band, and there are two or one.
-    assert run["reduced_rows"] > 60 and run["whole_rows"] > 60
+    assert run["reduced_rows"] >= 60 and run["whole_rows"] >= 60
     assert (run["preemptions"] > 0) == name.endswith("preempted")
 
 

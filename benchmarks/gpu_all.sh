@@ -3,7 +3,10 @@
 # Run from the repository root; offline is fine. Where a call may last ten minutes, and a GPU is there
 # for fifteen, this one says the most, the most important first:
 #   QUICK=1 OUT=results bash benchmarks/gpu_all.sh PART ...
-# and this one all of it, which takes about an hour on an H100, by arithmetic:
+# and in what is left of the fifteen, on the same machine (what is unpacked there stays):
+#   QUICK=1 STAGES="more triton" TOTAL=180 OUT=results bash benchmarks/gpu_all.sh PART ...
+# Of the repository models/ is not needed there (34 of 37 MiB), should what travels be limited.
+# And this one says all of it, which takes about an hour on an H100, by arithmetic:
 #   OUT=results bash benchmarks/gpu_all.sh [PART ...]
 # PART      folders made by pack_vllm_cuda.sh, unpacked into $SITE with $UNPACK; none if the machine's
 #           python imports a CUDA vLLM 0.32 already
@@ -11,8 +14,9 @@
 # SITE      where packages are unpacked (default /tmp/vllm-site)
 # UNPACK    unpack_vllm_cuda.sh (default .gpu/unpack_vllm_cuda.sh)
 # EXTRA     a folder for PYTHONPATH with what else is missing: rich and numba, for example
-# QUICK     1 for the short run: the plan with FlashAttention and graphs, evicting and by kv head; then
-#           stock and evict at 32k, with the decode kernels; then the other checks, as far as time goes
+# QUICK     1 for the short run: our kernels beside torch, then the plan with FlashAttention and graphs,
+#           evicting and by kv head; stock and evict at 32k, with the decode kernels; then the other
+#           checks, as far as time goes. By arithmetic: 40 s to unpack and import, 130, 300 and 90
 # STAGES    of "doctor first bench check more triton" (default "doctor check bench triton"; QUICK: "first
 #           bench more triton")
 # LIMIT     seconds of a stage (default 3000); TOTAL of all of them, unpacking too (QUICK: 570)
@@ -29,8 +33,8 @@ PYTHON=${PYTHON:-python3}
 LIMIT=${LIMIT:-3000}
 if [ "${QUICK:-0}" = 1 ]; then
   STAGES=${STAGES:-first bench more triton} TOTAL=${TOTAL:-570} CHECKS=${CHECKS:-1000}
-  CONTEXTS=${CONTEXTS:-32768} KV_GIB=${KV_GIB:-16} SIDES=${SIDES:-stock,evict}
-  BENCH_FLAGS="--repeats 1 --output-len 48 --bound-output-len 128 ${BENCH_FLAGS:-}"
+  CONTEXTS=${CONTEXTS:-32768} KV_GIB=${KV_GIB:-20} SIDES=${SIDES:-stock,evict}
+  BENCH_FLAGS="--repeats 1 --output-len 48 --bound-output-len 128 --bound-factor 4 ${BENCH_FLAGS:-}"
 fi
 STAGES=${STAGES:-doctor check bench triton}
 TOTAL=${TOTAL:-1000000}
@@ -104,8 +108,8 @@ for each in $STAGES; do
     doctor) SHOW=checks stage doctor "$PYTHON" -c 'import sys; from vllm_spindle.cli import main; sys.exit(main(["doctor"]))' ;;
     check) stage check "${checks[@]}" --json "$OUT/checks.json" ${CHECK_FLAGS:-} ;;
     # The same in two parts, around the measurements.
-    first) stage first "${checks[@]}" --only plan-evict,plan-heads --json "$OUT/checks.json" ${CHECK_FLAGS:-} ;;
-    more) stage more "${checks[@]}" --only reduction-kernels,plan-codebooks,aborts,off-is-stock \
+    first) stage first "${checks[@]}" --only reduction-kernels,plan-evict,plan-heads --json "$OUT/checks.json" ${CHECK_FLAGS:-} ;;
+    more) stage more "${checks[@]}" --only plan-codebooks,aborts,off-is-stock \
       --json "$OUT/checks-more.json" ${CHECK_FLAGS:-} ;;
     bench) SHOW=. stage bench "${bench[@]}" "${flags[@]}" --json "$OUT/bench-gpu.json" ${BENCH_FLAGS:-} ;;
     # The plans once more, with vLLM's other attention backend.

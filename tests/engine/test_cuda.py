@@ -144,6 +144,7 @@ def _classes(config: Any, layers: Any, platform: Any) -> dict[str, Any]:
     from importlib import import_module
 
     from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8StaticTensorSym
     from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
     from vllm.v1.attention.backends.flex_attention import FlexAttentionBackend
     from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
@@ -161,6 +162,10 @@ def _classes(config: Any, layers: Any, platform: Any) -> dict[str, Any]:
             )
             assert all(issubclass(mine, theirs) and mine is not theirs for mine, theirs in pairs)
             found[ours.get_name()] = ours.__name__
+            found[f"{ours.get_name()}, fused"] = [
+                impl.fused_output_quant_supported(impl, kFp8StaticTensorSym)
+                for impl in (stock.get_impl_cls(), ours.get_impl_cls())
+            ]
         try:
             layers.spindle_backend(FlexAttentionBackend)
         except ValueError as error:
@@ -240,6 +245,12 @@ def test_the_backend_asked_for_is_the_one_we_derive_from(found: dict[str, Any]) 
     assert found["FLASH_ATTN"] == "SpindleFlashAttentionBackend"
     assert found["TRITON_ATTN"] == "SpindleTritonAttentionBackend"
     assert "--attention-backend=FLEX_ATTENTION" in found["chosen by vLLM"]
+
+
+def test_outputs_are_quantised_behind_attention(found: dict[str, Any]) -> None:
+    """Not within it: our kernel over codebooks writes them as they are."""
+    assert found["TRITON_ATTN, fused"] == [True, False]
+    assert found["FLASH_ATTN, fused"] == [False, False]
 
 
 def test_other_platforms_are_refused(found: dict[str, Any]) -> None:

@@ -270,6 +270,10 @@ class SpindleImplMixin:
             output[:, head::group] = head_output
         return output
 
+    def fused_output_quant_supported(self, quant_key: Any) -> bool:
+        """No: the compiled kernel over codebooks writes outputs as they are, in the same tensor."""
+        return False
+
     def _one_kv_head(self, num_kv_heads: int) -> Any:
         """The implementation for rows of one kv head; the same one in every call."""
         if self._single is None:

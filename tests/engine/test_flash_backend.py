@@ -137,7 +137,7 @@ def started(model: str) -> dict[str, str]:
     enable()
     from engine_probe import flash
     from engine_probe.engines import engine
-    from vllm_spindle.engine import known_answer
+    from vllm_spindle.engine import sham_rows
 
     whole = flash.varlen
 
@@ -165,8 +165,8 @@ def started(model: str) -> dict[str, str]:
             patch.object(flash, "varlen", kernel),
             flash.flash_attention(),
             # As many rows and tokens as on a GPU.
-            patch.object(known_answer, "FEW_ROWS", known_answer.MANY_ROWS // 2 + 1),
-            patch.object(known_answer, "FEW_TOKENS", known_answer.MANY_TOKENS),
+            patch.object(sham_rows, "FEW_ROWS", sham_rows.MANY_ROWS // 2 + 1),
+            patch.object(sham_rows, "FEW_TOKENS", sham_rows.MANY_TOKENS),
         ):
             try:
                 with engine(model, HEADS, **options):

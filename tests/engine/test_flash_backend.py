@@ -36,6 +36,14 @@ MODES: dict[str, tuple[dict[str, Any], str | None]] = {
     "prefix, full": (PREFIX, "FULL"),
 }
 ALONE = {"evict": EVICT, "heads": HEADS, "prefix": PREFIX}
+# Beside vLLM's Triton attention, as the CPU's has no codebooks in float16, nor they float32.
+BOTH = {**EVICT, "keep_ratio": 0.6, "method": "both", "protected_prefix_tokens": 32}
+CODEBOOKS: dict[str, str | None] = {
+    "by Triton": None,
+    "by FlashAttention": None,
+    "by FlashAttention, decodes": "FULL_DECODE_ONLY",
+    "by FlashAttention, full": "FULL",
+}
 SIZES = [1, 2, 4, 96]
 # The second prompt ends in a chunk of one token, beside decodes of the first and third.
 PROMPT_LENS = [90, 193, 57]
@@ -80,6 +88,43 @@ def served(model: str, version: int) -> dict[str, Any]:
                 "splits": sorted(splits),
             }
     return found
+
+
+def merged(model: str) -> dict[str, Any]:
+    """Per run over codebooks: tokens, and replays."""
+    from dataclasses import replace
+    from unittest.mock import patch
+
+    from engine_probe.interpreted import enable, triton_attention
+
+    enable()
+    from engine_probe.engines import Ask, engine
+    from engine_probe.flash import flash_attention
+    from engine_probe.graphs import full_graphs
+    from vllm_spindle.engine import platforms
+
+    prompts = [each["prompt_token_ids"] for each in tiny.prompts(3, PROMPT_LENS, seed=2)]
+    asks = [Ask(prompt, max_tokens=5) for prompt in prompts]
+    found: dict[str, Any] = {}
+    for name, graph_mode in CODEBOOKS.items():
+        with ExitStack() as stack:
+            stack.enter_context(triton_attention() if "Triton" in name else flash_attention())
+            halves = replace(platforms.CPU, codebook_dtypes=platforms.CUDA.codebook_dtypes)
+            stack.enter_context(patch.object(platforms, "CPU", halves))
+            graphs = stack.enter_context(full_graphs(graph_mode, SIZES)) if graph_mode else {}
+            options = {**OPTIONS, "dtype": "float16"}
+            running = stack.enter_context(engine(model, BOTH, **options))
+            running.chunk(96)
+            found[name] = {"tokens": running.run(asks), "replays": sum(graphs.values())}
+    return found
+
+
+def test_codebooks_beside_flash_attention(small_llama: str) -> None:
+    """Tails by it, regions by our kernel: as beside Triton's attention, whatever is captured."""
+    found = in_child(merged, env=ENVIRONMENT, imports_vllm_itself=True, model=small_llama)
+    said = found.pop("by Triton")["tokens"]
+    assert [run["tokens"] for run in found.values()] == [said] * 3
+    assert [run["replays"] >= 4 for run in found.values()] == [False, True, True]
 
 
 @pytest.fixture(scope="module")

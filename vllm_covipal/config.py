@@ -109,7 +109,7 @@ def _read_yaml(path: Path) -> Any:
             f"covipal: cannot read the configuration file {path} ({error.strerror}); give the "
             "path of a YAML file, or the options themselves as a JSON object"
         ) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid YAML: {error}") from None
 
 

@@ -44,8 +44,9 @@ def run(args: argparse.Namespace) -> int:
     names = args.selector or [n for n in SELECTOR_NAMES if n != "ppm" or args.ppm]
     # transformers loads for seconds: what is wrong above is said before.
     from vllm_covipal.commands.kept_sheet import kept_sheet
+    from vllm_covipal.training.lvlm import load_lvlm
 
-    model, processor = _load_model(args.model)
+    model, processor = load_lvlm(args.model, "auto")
     module = _load_ppm(args.ppm, model, args.model) if "ppm" in names else None
     selectors = [build_selector(n, pruning_module=module, seed=args.seed) for n in names]
     sheet = kept_sheet(model, processor, image, args.question, selectors, args.keep_ratio)
@@ -59,17 +60,6 @@ def _check_out(path: str) -> None:
         raise ValueError(f"--out must be a picture file such as kept.png, got {path!r}")
     if not Path(path).resolve().parent.is_dir():
         raise ValueError(f"--out: no folder {Path(path).resolve().parent}")
-
-
-def _load_model(path: str) -> tuple[Any, Any]:
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    try:
-        processor = AutoProcessor.from_pretrained(path)
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype="auto")
-    except OSError as error:
-        raise ValueError(f"cannot load the model {path}: {error}") from None
-    return model.eval(), processor
 
 
 def _load_ppm(path: str | None, model: Any, model_name: str) -> Any:

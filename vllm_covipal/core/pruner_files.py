@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from vllm_covipal.core.pruner import PruningModule, PruningModuleConfig
 
@@ -19,7 +19,8 @@ def save_pruning_module(module: PruningModule, folder: str | os.PathLike[str]) -
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().cpu().float() for name, value in module.state_dict().items()}
-    save_file(weights, target / WEIGHTS_NAME)
+    # Not save_file, whose files their owner alone can read.
+    (target / WEIGHTS_NAME).write_bytes(save(weights))
     (target / CONFIG_NAME).write_text(module.config.to_json(), encoding="utf-8")
 
 

@@ -242,7 +242,8 @@ def _run_stage(
             done = step + 1
             shown = _over_processes(accelerator, outcome)
             if curve and step % run.recipe.log_steps == 0:
-                curve.append(step, shown | {"learning_rate": learning_rate(recipe, step)})
+                with checkpoint.writing(run.out / f"stage{stage}.csv"):
+                    curve.append(step, shown | {"learning_rate": learning_rate(recipe, step)})
             at_end = done == recipe.num_steps
             if done % run.recipe.checkpoint_steps == 0 or at_end:
                 if accelerator.is_main_process:

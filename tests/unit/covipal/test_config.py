@@ -58,6 +58,14 @@ def test_what_is_wrong_is_named(options: object, parts: list[str]) -> None:
     assert all(part in message for part in parts) and "\n" not in message
 
 
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    """A path that leads to weights, say."""
+    path = tmp_path / "covipal.yaml"
+    path.write_bytes(b"selector: \xff\n")
+    with pytest.raises(ValueError, match=rf"{path}: not valid YAML"):
+        load_config(str(path))
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_a_shipped_file_is_what_its_name_says(path: Path) -> None:
     """Selector and share are in the name, and the header says how to serve it."""

@@ -174,5 +174,7 @@ def test_what_is_wrong_is_said_in_one_line(folder: Path, tmp_path: Path) -> None
             _run(folder)
     finally:
         (folder / "moved.png").rename(folder / "picture.png")
-    with pytest.raises(ValueError, match="cannot load the model /nowhere"):
-        inspect._load_model("/nowhere")
+    for model in ("/nowhere", str(Path(__file__).parents[3] / "models" / "needle")):  # no eyes
+        with pytest.raises(ValueError, match=f"model={model}: transformers cannot load") as said:
+            _run(folder, "--model", model)
+        assert "\n" not in str(said.value)

@@ -130,6 +130,13 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert weights_digest(tmp_path / "one") != weights_digest(tmp_path / "two")
 
 
+def test_both_files_are_readable_alike(tmp_path: Path) -> None:
+    """Who serves is often another user than who trained; safetensors' own files are private."""
+    save_pruning_module(_module(), tmp_path)
+    config, weights = (tmp_path / name for name in ("config.json", "model.safetensors"))
+    assert weights.stat().st_mode == config.stat().st_mode
+
+
 def test_what_earlier_modules_do_not_record_is_known(tmp_path: Path) -> None:
     """Folders written before there were those keys are read; any other that lacks is refused."""
     save_pruning_module(_module(spread_share=0.5, max_text_tokens=7), tmp_path)

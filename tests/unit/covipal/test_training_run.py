@@ -337,6 +337,14 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         patched.setattr(torch, "save", full)
         with pytest.raises(RuntimeError, match=r"cannot write .*checkpoints.*No space left"):
             _train("llava", recipe)
+
+    def append(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop.Curve, "append", append)
+        with pytest.raises(RuntimeError, match=r"cannot write .*stage1\.csv .*No space left"):
+            _train("llava", recipe)
     taken: list[int] = []
     _train("llava", recipe, report=lambda stage, done, *_: taken.append(done))
     assert taken == [3, 4]
@@ -403,6 +411,9 @@ def test_overrides_of_another_form_are_one_line(tmp_path: Path) -> None:
         load_recipe(path, {"init.width": "64"})
     with pytest.raises(ValueError, match=r"--stage2\.keep_ratio: not valid YAML"):
         load_recipe(path, {"stage2.keep_ratio": "[0.5"})
+    path.write_bytes(b"model: \xff\n")
+    with pytest.raises(ValueError, match=rf"{path}: not valid YAML: .*decode"):
+        load_recipe(path)
     # A section without a value is an empty one.
     path.write_text("data:\n", encoding="utf-8")
     with pytest.raises(ValueError, match="model is missing"):

@@ -165,7 +165,7 @@ class TrainRecipe(Section):
     )
     max_answer_tokens: Count = Field(256, description="answers are cut to this length")
     checkpoint_steps: Count = Field(50, description="steps between checkpoints")
-    log_steps: Count = Field(1, description="steps between rows of curves.csv")
+    log_steps: Count = Field(1, description="steps between rows of stage1.csv and stage2.csv")
     module: ModuleRecipe = ModuleRecipe()  # type: ignore[call-arg]
     stage1: Stage1Recipe
     stage2: Stage2Recipe

@@ -206,7 +206,8 @@ def _soft_choice(
     if recipe.mask == "budgeted" and num_kept < len(scores):
         retention = budgeted_retention(scores, num_kept, temperature)
     elif recipe.mask == "budgeted":
-        retention = torch.ones_like(scores)
+        # Of the scores, though nothing hangs on them: a step of such items alone needs a gradient.
+        retention = 0 * scores + 1
     else:
         retention = sigmoid_retention(scores, temperature)
     return retention, retention_bias(retention)

@@ -109,6 +109,15 @@ def test_other_masks_train(tmp_path: Path, mask: str, noise: float) -> None:
     assert not torch.equal(module.state_dict()[name], start[name])
 
 
+@pytest.mark.parametrize("mask", ["budgeted", "straight_through", "sigmoid"])
+def test_a_step_that_keeps_everything_is_a_step(tmp_path: Path, mask: str) -> None:
+    """A budget of 1 may be all that a step draws, and a picture may be one token."""
+    stage2 = {"num_steps": 2, "pictures": 1, "mask": mask, "keep_ratio": [1.0]}
+    module = _train("llava", _recipe(tmp_path, stage1={"num_steps": 0}, stage2=stage2))
+    assert all(weight.isfinite().all() for weight in module.parameters())
+    assert _curve(tmp_path / "stage2.csv")[1]["hard_soft_overlap"] == "1" or mask == "sigmoid"
+
+
 def test_stage_2_can_hold_on_to_the_labels(tmp_path: Path) -> None:
     """Stage 1's loss is shown and added at its weight; without one it is not computed."""
     rows = {}

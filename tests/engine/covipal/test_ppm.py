@@ -53,10 +53,14 @@ def _choices(model: str, family: str, ppm: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def by_family(
-    lvlm: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, dict[str, Any]]:
-    """Each family's choices, by a module of random weights."""
+def models(lvlm: Callable[[str], str]) -> dict[str, str]:
+    """Each family's folder."""
+    return {family: lvlm(family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def ppms(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """For each a module of random weights."""
     import torch
     from transformers import AutoConfig
 
@@ -64,9 +68,8 @@ def by_family(
     from vllm_covipal.core.pruner import PruningModule, PruningModuleConfig
     from vllm_covipal.core.pruner_files import save_pruning_module
 
-    models = {family: lvlm(family) for family in FAMILIES}
-    ppms = {family: str(tmp_path_factory.mktemp(f"ppm-{family}")) for family in FAMILIES}
-    for family, folder in ppms.items():
+    folders = {family: str(tmp_path_factory.mktemp(f"ppm-{family}")) for family in FAMILIES}
+    for family, folder in folders.items():
         torch.manual_seed(0)
         config = PruningModuleConfig.for_hidden_size(
             64,
@@ -80,6 +83,12 @@ def by_family(
             for weight in module.parameters():
                 weight.mul_(4 if weight.dim() >= 2 else 1)  # so that the question tells
         save_pruning_module(module, folder)
+    return folders
+
+
+@pytest.fixture(scope="module")
+def by_family(models: dict[str, str], ppms: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Each family's choices."""
     return in_child(choices, models=models, ppms=ppms)
 
 
@@ -99,3 +108,40 @@ def test_chooses_as_the_twin(found: dict[str, Any]) -> None:
 def test_another_question_is_another_choice(found: dict[str, Any]) -> None:
     """On the same pictures."""
     assert found["twin"][0] == found["twin"][2] != found["twin"][1]
+
+
+def read_text(model: str, ppm: str) -> dict[str, list[Any]]:
+    """Text tokens that a server reads, and what it warns of, by what it is asked for."""
+    import logging
+
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_covipal.engine.options import attached
+
+    found = {}
+    for name, asked in (
+        ("unasked", {}),
+        ("same", {"max_text_tokens": 4}),
+        ("other", {"max_text_tokens": 2}),
+    ):
+        lines: list[str] = []
+        handler = logging.Handler(logging.WARNING)
+        handler.emit = lambda record, lines=lines: lines.append(record.getMessage())
+        logger = logging.getLogger("vllm.covipal")
+        logger.addHandler(handler)
+        covipal = {"ppm": ppm, "keep_ratio": 0.5} | asked
+        args = EngineArgs(model, max_model_len=512, additional_config={"covipal": covipal})
+        options = attached(args.create_engine_config().model_config)
+        logger.removeHandler(handler)
+        found[name] = [options.max_text_tokens if options else None, *lines]
+    return found
+
+
+def test_the_module_s_word_counts_unless_the_user_has_another(
+    models: dict[str, str], ppms: dict[str, str]
+) -> None:
+    """With a warning: it was trained to read so much."""
+    found = in_child(read_text, model=models["llava"], ppm=ppms["llava"])
+    assert found["unasked"] == found["same"] == [MAX_TEXT_TOKENS]
+    length, warning = found["other"]
+    assert length == 2 and "max_text_tokens=2" in warning and "trained to read 4" in warning

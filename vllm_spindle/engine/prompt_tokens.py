@@ -63,11 +63,15 @@ class TensorTokens:
 
     def __init__(self, layer: ReducedLayer, keys: Tensor, values: Tensor, prompt_len: int) -> None:
         """Args: keys, values: [K, T.., D]; prompt_len: T."""
+        self._layer, self._tokens, self._prompt_len = layer, (keys, values), prompt_len
+
+    @property
+    def keys(self) -> Tensor | CachedKeys:
+        """Of the prompt, for the compiled kernel where there is one for them."""
         # Not before vLLM has started: its kernel registration trips over numba's modules.
         from vllm_spindle.kernels.host_scoring import host_keys
 
-        self._layer, self._tokens = layer, (keys, values)
-        self.keys = host_keys(keys[:, :prompt_len])
+        return host_keys(self._tokens[0][:, : self._prompt_len])
 
     def read(self) -> tuple[Tensor, Tensor]:
         """As they are."""

@@ -39,14 +39,17 @@ class ShiftedTable:
         """
         table, lengths = common.block_table_tensor, common.seq_lens
         out_table, out_lengths = self._buffers(table, lengths)
+        # No row is read further, and a table may be a hundred times as wide.
+        read = slice(-(-common.max_seq_len // self._block_size))
         num_rows = 0
         if rows is not None:
             self._take(rows, table, lengths)
             num_rows = len(self._source)
-            torch.gather(table[:num_rows], 1, self._source, out=out_table[:num_rows])
+            source, out = self._source[:, read], out_table[:num_rows, read]
+            torch.gather(table[:num_rows], 1, source, out=out)
             torch.sub(lengths[:num_rows], self._skipped_tokens, out=out_lengths[:num_rows])
         if num_rows < len(table):  # padding, or a batch without reduced rows
-            out_table[num_rows:] = table[num_rows:]
+            out_table[num_rows:, read] = table[num_rows:, read]
             out_lengths[num_rows:] = lengths[num_rows:]
         return common.replace(
             block_table_tensor=out_table,

@@ -75,7 +75,7 @@ def served(model: str) -> dict[str, Any]:
             running = stack.enter_context(engine(model, spindle, **SMALL, **options))
             running.chunk(96)
             seen = None if graph_mode else stack.enter_context(capture())
-            by_torch = counted(choice, "TorchAttention")
+            by_torch = counted(choice, "answer")
             by_kernel = counted(device_scoring, "DeviceAttention")
             moved = counted(device_compaction, "compact")
             tokens = running.run(asks)

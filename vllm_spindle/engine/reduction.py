@@ -129,7 +129,8 @@ class Reducer:
             # The first block once more: there may be no third one.
             prompt_tokens = self._tokens(layer, blocks[[0, 1, 0]], num_tokens)
         positions = torch.arange(2 * block_size, num_tokens, device=device)
-        queries = torch.randn(num_kv_heads, group, block_size, width // 2)
+        # In memory as the stash has them: kernels are compiled for some properties of strides.
+        queries = torch.randn(block_size, num_kv_heads, group, width // 2).permute(1, 2, 0, 3)
         work = LayerReduction(
             layer,
             plan,

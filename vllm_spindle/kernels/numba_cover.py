@@ -8,14 +8,14 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from vllm_spindle.core.cover import UNCOVERED
+from vllm_spindle.kernels.numba_cache import cached_njit
 
 BLOCK = 64  # products passed over at once
 
 # The reductions below are over finite numbers, so their order and NaN do not matter.
-_compiled = partial(njit, cache=True, nogil=True, fastmath={"nnan", "nsz", "reassoc"})
+_compiled = partial(cached_njit, nogil=True, fastmath={"nnan", "nsz", "reassoc"})
 
 
 class Sources(NamedTuple):

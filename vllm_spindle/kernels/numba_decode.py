@@ -11,9 +11,10 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
 from vllm_spindle.kernels.decode_rows import NOT_MINE
+from vllm_spindle.kernels.numba_cache import cached_njit
 from vllm_spindle.kernels.numba_region import add_weighted_rows, attend_region
 from vllm_spindle.kernels.numba_softmax import (
     FAST,
@@ -135,7 +136,7 @@ def _outer(name: str, sources: int, **options):
             )  # fmt: skip
 
     attend.__name__ = attend.__qualname__ = name
-    return njit(fastmath=FAST, error_model="numpy", nogil=True, cache=True, **options)(attend)
+    return cached_njit(fastmath=FAST, error_model="numpy", nogil=True, **options)(attend)
 
 
 def _sources() -> int:

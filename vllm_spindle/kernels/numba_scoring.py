@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from numba import njit, prange
 
+from vllm_spindle.kernels.numba_cache import cached_njit
 from vllm_spindle.kernels.numba_products import ROWS, STRIP, dot_strip
 from vllm_spindle.kernels.numba_softmax import FAST, LOWEST, exp2, inlined, scratch
 
@@ -107,7 +108,7 @@ def _outer(name: str, sources: int, **options):
             )  # fmt: skip
 
     receive.__name__ = receive.__qualname__ = name
-    return njit(fastmath=FAST, error_model="numpy", nogil=True, cache=True, **options)(receive)
+    return cached_njit(fastmath=FAST, error_model="numpy", nogil=True, **options)(receive)
 
 
 def _sources() -> int:

@@ -22,6 +22,7 @@ def _cases() -> dict[str, tuple[Any, str, Callable[[], None]]]:
     from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
     from vllm.model_executor.layers.attention import attention
     from vllm.renderers.base import BaseRenderer
+    from vllm.triton_utils import dispatcher
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -32,6 +33,7 @@ def _cases() -> dict[str, tuple[Any, str, Callable[[], None]]]:
         chat_params,
         encoder_reset,
         engine_config,
+        kernel_overrides,
         media_arguments,
         request_admission,
         scheduler_overrides,
@@ -85,6 +87,7 @@ def _cases() -> dict[str, tuple[Any, str, Callable[[], None]]]:
             "reset_encoder_cache",
             lambda: encoder_reset.apply(_nothing),
         ),
+        "kernel_overrides": (dispatcher, "_rebind_kernels", kernel_overrides.apply),
         "attention_spec": (attention.Attention, "get_kv_cache_spec", layer),
         "attention_backend": (attention, "get_attn_backend", layer),
     }
@@ -102,6 +105,7 @@ CASES = [
     "chats_async",
     "encoder_reset",
     "stat_loggers",
+    "kernel_overrides",
     "attention_spec",
     "attention_backend",
 ]
@@ -162,6 +166,7 @@ def test_a_missing_symbol_is_named(case: str, monkeypatch: pytest.MonkeyPatch) -
         ("chats", "chat_params"),
         ("chats_async", "prompt_extras"),
         ("stat_loggers", "stat_loggers"),
+        ("kernel_overrides", "overrides"),
         ("attention_spec", "vllm_config"),
         ("attention_backend", "head_size"),
         ("Scheduler._get_local_prefix_cache_hit", "request"),

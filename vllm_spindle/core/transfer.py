@@ -1,8 +1,9 @@
 """Small host tensors to the device, so that nothing waits: neither the host nor what is queued."""
 
+from contextlib import suppress
+
 import torch
 from torch import Tensor
-from vllm.utils.platform_utils import is_pin_memory_available
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:
@@ -13,5 +14,6 @@ def to_device(host: Tensor, device: torch.device) -> Tensor:
     """
     if host.device == device or device.type == "cpu":
         return host
-    pinned = host.pin_memory() if is_pin_memory_available() else host
-    return pinned.to(device, non_blocking=True)
+    with suppress(RuntimeError):  # torch has none here, or, as on some WSL, no more of it
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)

@@ -42,15 +42,15 @@ def answers(model: str) -> dict[str, Any]:
         )
         stock_keep(self, work, kept)
 
-    DenseRegion.keep = keep
     for name, keep_ratio in (("both", SPINDLE["keep_ratio"]), ("keep all", 1.0)):
         additional = {"covipal": COVIPAL, "spindle": {**SPINDLE, "keep_ratio": keep_ratio}}
         options = {"additional_config": additional, "enable_prefix_caching": False}
         with lvlm_engine(model, FAMILY, None, **options) as llm:
+            DenseRegion.keep = keep  # not before: start-up warms up with a sham prompt
             found[name] = answer(llm, FAMILY, asks)
+            DenseRegion.keep = stock_keep
             pool = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
             found[f"{name}, left"] = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
-    DenseRegion.keep = stock_keep
     return {**found, "chosen": chosen, **_cached(model, asks)}
 
 

@@ -1,7 +1,6 @@
 """An in-process engine, its scheduler and its block pool."""
 
 import gc
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,9 +10,9 @@ from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
-from vllm.triton_utils import dispatcher
 
 from engine_probe.garbage import freeze_imports
+from vllm_spindle_patches import kernel_overrides
 
 BLOCK_SIZE = 32
 MAX_IDLE_STEPS = 2000
@@ -58,7 +57,8 @@ class Engine:
     """vLLM's ``LLM``, driven step by step."""
 
     def __init__(self, model: str, spindle: dict[str, Any] | None, **options: Any) -> None:
-        _hide_llvmlite_from_vllm()
+        # A stock engine, too, may start after a test has made numba load.
+        kernel_overrides.apply()
         section = {} if spindle is None else {"additional_config": {"spindle": spindle}}
         self.llm = LLM(model, **{**DEFAULTS, **section, **options})
         self.engine = self.llm.llm_engine
@@ -118,29 +118,6 @@ class Engine:
             "managers": [type(manager).__name__ for manager in self.managers],
             "executor": type(executor).__name__,
         }
-
-
-def _hide_llvmlite_from_vllm() -> None:
-    """Let a second engine start where the first made numba load.
-
-    vLLM 0.32 looks at the ``__dict__`` of everything in every module for Triton kernels to
-    replace, and stumbles over llvmlite's, which answers any attribute. One engine a process, as
-    in a server, starts before anything is compiled.
-    """
-    if getattr(dispatcher._rebind_kernels, "hides_llvmlite", False):
-        return
-    stock = dispatcher._rebind_kernels
-
-    def rebind(originals: Any) -> None:
-        names = [name for name in sys.modules if name.partition(".")[0] in ("llvmlite", "numba")]
-        hidden = {name: sys.modules.pop(name) for name in names}
-        try:
-            stock(originals)
-        finally:
-            sys.modules.update(hidden)
-
-    rebind.hides_llvmlite = True
-    dispatcher._rebind_kernels = rebind
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """An in-process engine, its scheduler and its block pool."""
 
 import gc
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 
 from engine_probe.garbage import freeze_imports
-from vllm_spindle_patches import kernel_overrides
 
 BLOCK_SIZE = 32
 MAX_IDLE_STEPS = 2000
@@ -57,8 +57,10 @@ class Engine:
     """vLLM's ``LLM``, driven step by step."""
 
     def __init__(self, model: str, spindle: dict[str, Any] | None, **options: Any) -> None:
-        # A stock engine, too, may start after a test has made numba load.
-        kernel_overrides.apply()
+        if "numba" in sys.modules:  # made to load by a test, before a stock engine too
+            from vllm_spindle_patches import kernel_overrides
+
+            kernel_overrides.apply()
         section = {} if spindle is None else {"additional_config": {"spindle": spindle}}
         self.llm = LLM(model, **{**DEFAULTS, **section, **options})
         self.engine = self.llm.llm_engine

@@ -66,16 +66,19 @@ def choose_kept(
     visual: VisualCap | None = None,
 ) -> Tensor:
     """Positions of the context tokens to keep, ascending; see ``rank_context``."""
-    maps = attention_maps(
+    ranked = rank_context(
         rule,
         queries,
         keys,
         positions,
         scale=scale,
         num_context=num_context,
+        num_kept=num_kept,
+        num_protected=num_protected,
         num_ahead=num_ahead,
+        visual=visual,
     )
-    return choose_by_maps(rule, maps, num_kept=num_kept, num_protected=num_protected, visual=visual)
+    return _in_order(ranked, num_context)
 
 
 def rank_context(
@@ -194,8 +197,7 @@ def choose_by_maps(
 ) -> Tensor:
     """Positions to keep, ascending; see ``rank_maps``."""
     ranked = rank_maps(rule, maps, num_kept=num_kept, num_protected=num_protected, visual=visual)
-    rows = ranked.flatten(0, -2)
-    return ascending(rows, [num_kept] * len(rows), maps[0].shape[-1]).view(ranked.shape)
+    return _in_order(ranked, maps[0].shape[-1])
 
 
 def rank_maps(
@@ -233,6 +235,11 @@ def keep_by_head(ranked: Tensor, counts: Sequence[int], num_context: int) -> lis
         num_context: all positions lie below.
     """
     return list(torch.split(ascending(ranked, counts, num_context), list(counts)))
+
+
+def _in_order(ranked: Tensor, num_context: int) -> Tensor:
+    rows = ranked.flatten(0, -2)
+    return ascending(rows, [rows.shape[1]] * len(rows), num_context).view(ranked.shape)
 
 
 def _pooled(rule: ChoiceRule, attention: Tensor) -> Tensor:
